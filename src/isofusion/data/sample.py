@@ -1,0 +1,36 @@
+"""What a reader yields: one sample is a sequence of text and image segments, in reading order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+DOMAINS = ("caption", "interleaved", "text")
+"""The three domains of the study (arXiv 2504.07951, Table 5); `domain` codes index this tuple."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text. `ids`, when given, are its tokens already (the world writes words, not strings)."""
+
+    text: str = ""
+    ids: np.ndarray | None = None  # i32[L] or None
+    token_class: np.ndarray | None = None  # u8[L]: class of each token as a target; 0 = unclassified
+    oracle: np.ndarray | None = None  # f32[L]: -log p of each token under the true source, nats
+
+
+@dataclass(frozen=True)
+class Image:
+    """A decoded image, uint8 [height, width, 3]."""
+
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document. `key` names it in its source, for audits and error messages."""
+
+    key: str
+    segments: tuple[Text | Image, ...]
+    meta: dict = field(default_factory=dict)
