@@ -100,7 +100,7 @@ class SourceConfig(Frozen):
 
     name: str
     domain: Literal["caption", "interleaved", "text"]
-    format: Literal["world", "webdataset", "interleaved-parquet", "interleaved-tar", "text"]
+    format: Literal["world", "webdataset", "interleaved", "text"]  # files tell parquet from tar, gz from zst
     weight: Positive
     train: tuple[str, ...] = ()  # file globs, relative to the data folder; unused by the world
     val: tuple[str, ...] = ()
@@ -174,6 +174,7 @@ class RunConfig(Frozen):
     arm: str
     size: str
     seed: int
+    variant: str = ""  # a tuning run, e.g. "lr0.5x"; never mixed into a fit
     kind: Literal["trunk", "branch"]
     parent: str | None = None  # name of the trunk a branch starts from
     start_step: Annotated[int, Field(ge=0)] = 0
@@ -188,7 +189,8 @@ class RunConfig(Frozen):
     def name(self) -> str:
         """Folder name, for people; the identity is `digest()`, kept in run.json."""
         tail = "trunk" if self.kind == "trunk" else f"d{self.end_step}"
-        return f"{self.arm}-{self.size}-s{self.seed}-{tail}"
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.arm}-{self.size}-s{self.seed}{variant}-{tail}"
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -1,0 +1,232 @@
+"""`isofusion study estimate | lock | run | status | report`: parsing and printing; the work is in `isofusion.study`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from isofusion.errors import InputError
+from isofusion.study.progress import duration, make_progress, si
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+Toml = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study's file; ready ones are in studies/.")]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The study's folder (or its .toml).")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the study.", show_default="runs/NAME")]
+Data = Annotated[Path | None, typer.Option(help="Folder that the study's file patterns start from.")]
+Jobs = Annotated[int | None, typer.Option(help="Runs at a time.", show_default="cores / threads")]
+Threads = Annotated[int | None, typer.Option(help="Threads of each run.", show_default="1, or as locked")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: train.lr=0.01")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _load(toml: Path, out: Path | None, data: Path | None, sets: list[str] | None) -> tuple[Any, Path, list[str]]:
+    """(spec, out, overrides). On a locked study, --data and --set need not be given again."""
+    from isofusion.study.lock import LOCK, read_lock
+    from isofusion.study.spec import StudySpec
+
+    overrides = list(sets or ())
+    if out is None:
+        out = Path("runs") / StudySpec.from_toml(toml, data=data, overrides=overrides).name
+    if (out / LOCK).exists():
+        lock = read_lock(out)
+        overrides = overrides or list(lock.get("overrides", ()))
+        folder = (lock["spec"].get("data") or {}).get("folder")
+        data = data or (Path(folder) if folder else None)
+    return StudySpec.from_toml(toml, data=data, overrides=overrides), out, overrides
+
+
+def _folder(target: Path, out: Path | None) -> Path:
+    """The study folder a verb means: --out, a folder, or the default folder of a .toml."""
+    from isofusion.study.spec import StudySpec
+
+    if out is not None or target.is_dir():
+        return out or target
+    if target.suffix == ".toml":
+        return Path("runs") / StudySpec.from_toml(target).name
+    raise InputError(f"{target}: no such study folder")
+
+
+@app.command("estimate")
+def estimate_command(
+    toml: Toml,
+    out: Out = None,
+    data: Data = None,
+    jobs: Jobs = None,
+    threads: Threads = None,
+    sets: Set = None,
+    probe: Annotated[bool, typer.Option(help="Time a few real steps, or assume a throughput.")] = True,
+    as_json: Json = False,
+) -> None:
+    """What a study will cost: every run with N, D, FLOPs, time and memory; exit code 2 if it does not fit here."""
+    from isofusion.study.estimate import estimate
+    from isofusion.study.run import thread_budget
+
+    spec, out, _ = _load(toml, out, data, sets)
+    jobs, threads = thread_budget(jobs, threads)
+    found = estimate(spec, out=out, jobs=jobs, threads=threads, probe=probe, console=Console(stderr=True))
+    if as_json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        _print_estimate(spec, found)
+    if found.problems and probe and found.data_here:
+        raise InputError("the study does not fit this machine: " + "; ".join(found.problems))
+
+
+def _print_estimate(spec: Any, found: Any) -> None:
+    totals, console = found.totals, Console()
+    console.width = max(100, console.width)  # in a narrower terminal lines wrap; no column disappears
+    table = Table(title=spec.title or spec.name, title_justify="left", box=None, padding=(0, 1))
+    table.add_column("run", no_wrap=True)
+    for column in ("N", "D", "steps", "C exact", "C 6ND", "time", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found.rows:
+        table.add_row(
+            *(row["run"], si(row["n"]), si(row["tokens"]), f"{row['steps']:,}", f"{row['flops']:.2e}"),
+            *(f"{row['flops_6nd']:.2e}", duration(row["seconds"]), f"{si(row['memory'])}B"),
+            style="dim" if row["kind"] == "trunk" else None,
+        )
+    console.print(table)
+    console.print("C is a run's whole training, trunk included; steps and time are its own.", style="dim")
+    for source in found.sources:
+        epochs = "endless" if source["epochs"] is None else f"{source['epochs']:.2f} epochs in the longest run"
+        console.print(f"source {source['name']}: {epochs}", highlight=False)
+    lines = [
+        f"{totals['runs']} runs: {totals['trunks']} trunks and {totals['branches']} branches",
+        f"{si(totals['slots_trained'])} token slots to train (each budget from scratch: "
+        f"{si(totals['slots_without_branching'])})",
+        f"{totals['flops']:.3e} FLOPs; image tokens {100 * totals['image_share']:.1f} %, rows "
+        f"{100 * totals['row_fill']:.1f} % full",
+        f"time: about {duration(totals['seconds'])} with {totals['jobs']} jobs x {totals['threads']} threads "
+        f"({totals['seconds_basis']})",
+        f"memory: up to {si(totals['memory'])}B; disk: up to {si(totals['disk'])}B",
+    ]
+    for line in lines + [f"note: {note}" for note in found.notes]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for problem in found.problems:
+        console.print(f"does not fit here: {problem}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command("lock")
+def lock_command(
+    toml: Toml, out: Out = None, data: Data = None, jobs: Jobs = None, threads: Threads = None, sets: Set = None
+) -> None:
+    """Fix runs, hold-out, metric and exclusions before training, in OUT/study.lock."""
+    from isofusion.study.lock import LOCK, write_lock
+    from isofusion.study.run import thread_budget
+
+    spec, out, overrides = _load(toml, out, data, sets)
+    jobs, threads = thread_budget(jobs, threads)
+    lock = write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
+    print(f"{out / LOCK}: {len(lock['runs'])} runs, digest {lock['digest'][:12]}, locked {lock['locked_at']}")
+
+
+@app.command("run")
+def run_command(
+    toml: Toml,
+    out: Out = None,
+    data: Data = None,
+    jobs: Jobs = None,
+    threads: Threads = None,
+    sets: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was begun.")] = False,
+) -> None:
+    """Train every run of a study, fit the laws and write the report (its path is the last line)."""
+    from isofusion.study.lock import LOCK, check_lock, read_lock, write_lock
+    from isofusion.study.run import Interrupted, refuse_what_does_not_fit, run_study, thread_budget
+
+    spec, out, overrides = _load(toml, out, data, sets)
+    if threads is None and (out / LOCK).exists():
+        threads = read_lock(out)["threads"]
+    jobs, threads = thread_budget(jobs, threads)
+    if (out / LOCK).exists():
+        check_lock(out, spec)
+    if not (out / "runs").exists():
+        refuse_what_does_not_fit(spec, out, jobs)
+    write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
+    console = Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
+    command = shlex.join(["isofusion", "study", "run", str(toml), "--out", str(out), "--resume"])
+    console.print(
+        f"{spec.name}: {len(spec.runs())} runs in {out}, {jobs} jobs x {threads} threads", highlight=False, markup=False
+    )
+    try:
+        run_study(
+            spec,
+            out,
+            jobs=jobs,
+            threads=threads,
+            resume=resume,
+            make_progress=lambda configs, done: make_progress(configs, done, console),
+            command=command,
+        )
+    except Interrupted as stop:
+        print(str(stop), file=sys.stderr)
+        raise typer.Exit(stop.code) from None
+    report_command(out)
+
+
+@app.command("status")
+def status_command(
+    target: Folder,
+    out: Out = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Rebuild the ledger from the run folders first.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Where every run of a study stands, and what changed since it was locked."""
+    from isofusion.study.ledger import Ledger, progress_of, state_of
+    from isofusion.study.lock import later_changes, locked_spec
+
+    out = _folder(target, out)
+    spec = locked_spec(out)
+    ledger = Ledger(out)
+    if rebuild:
+        ledger.rebuild()
+    rows: list[dict[str, Any]] = []
+    for run in spec.runs():
+        folder = out / "runs" / run.name
+        step, loss = progress_of(folder)
+        state = state_of(folder)
+        row: dict[str, Any] = {"run": run.name, "state": state, "step": step or run.start_step}
+        row |= {"end_step": run.end_step, "loss": loss}
+        if state == "failed":
+            row["message"] = json.loads((folder / "failure.json").read_text())["message"]
+        rows.append(row)
+    changes = later_changes(out)
+    counts = {
+        state: sum(row["state"] == state for row in rows) for state in ("done", "unfinished", "failed", "waiting")
+    }
+    if as_json:
+        print(json.dumps({"study": spec.name, "counts": counts, "later_changes": changes, "runs": rows}, indent=1))
+        return
+    table = Table()
+    for column in ("run", "state", "step", "training loss"):
+        table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+    styles = {"done": "green", "failed": "bold red", "unfinished": "yellow", "waiting": "dim"}
+    for row in rows:
+        shown = f"{row['loss']:.4f}" if row["loss"] is not None else ""
+        table.add_row(row["run"], row["state"], f"{row['step']}/{row['end_step']}", shown, style=styles[row["state"]])
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row["state"] == "failed":
+            console.print(f"{row['run']}: {row['message']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count), highlight=False)
+    for change in changes:
+        console.print(f"changed since the lock: {change}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command("report")
+def report_command(target: Folder, out: Out = None) -> None:
+    """Fit the laws to what is done and write OUT/report.html; its path is the last line."""
+    from isofusion.report.page import build_report
+
+    print(build_report(_folder(target, out)))

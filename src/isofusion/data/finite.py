@@ -1,0 +1,289 @@
+"""A finite source as an endless row of rows: row j -> (epoch, row of its plan) -> packed slots, a pure function.
+
+The text is tokenised once and the images are resized once into stores in the cache, shared by all runs of a study:
+4 bytes a token, 3 * image_size^2 bytes an image (images above STORE_BYTES per source are decoded on demand instead).
+
+# n patches per image, S segments, D documents, N pieces
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isofusion.config import DataConfig
+from isofusion.data import cache
+from isofusion.data.images import BrokenImage, decode, to_patches
+from isofusion.data.index import SourceIndex
+from isofusion.data.order import permutation
+from isofusion.data.pack import IMAGE, Piece, Rows, best_fit, build, cut
+from isofusion.data.readers import BadSample, Reader, Segments, open_reader
+from isofusion.data.sample import DOMAINS
+from isofusion.data.tokenizer import JsonTokenizer
+from isofusion.errors import InputError
+
+VERSION = 1
+STORE_BYTES = 8 << 30
+BATCH = 512  # texts tokenised at once
+
+
+class Documents:
+    """Random access to the samples of a source, as they lie in the files."""
+
+    def __init__(self, index: SourceIndex) -> None:
+        self.index = index
+        self._first = index.first
+        self._readers: dict[int, Reader] = {}
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def _place(self, d: int) -> tuple[int, int]:
+        f = int(np.searchsorted(self._first, d, side="right")) - 1
+        return f, d - int(self._first[f])
+
+    def key(self, d: int) -> str:
+        f, i = self._place(d)
+        return f"{self.index.files[f].path.name}/{self.index.files[f].keys[i]}"
+
+    def raw(self, d: int) -> Segments:
+        """Segments of document d. Raises InputError when its file changed since it was indexed."""
+        f, i = self._place(d)
+        file = self.index.files[f]
+        file.check_unchanged()
+        if f not in self._readers:
+            self._readers[f] = open_reader(file.path, file.format)
+        try:
+            ref = tuple(file.ref[file.ref_ptr[i] : file.ref_ptr[i + 1]].tolist())
+            return self._readers[f].raw(file.keys[i], ref)
+        except (BadSample, OSError) as error:
+            raise InputError(
+                f"{file.path}: sample {file.keys[i]} was good when indexed, and is not now: {error}"
+            ) from error
+
+
+class TokenStore:
+    """All text of a source as tokens. seg_ptr i64[D+1], seg_len i32[S] (IMAGE for an image), tokens i32."""
+
+    def __init__(self, documents: Documents, tokenizer: JsonTokenizer) -> None:
+        key = cache.digest("tokens", VERSION, documents.index.digest, tokenizer.digest)
+        folder = cache.root() / "tokens" / f"v{VERSION}" / key
+        if not folder.exists():
+            with cache.lock(folder):
+                if not folder.exists():
+                    cache.write_folder(folder, lambda p: _tokenise(p, documents, tokenizer))
+        self.seg_ptr = np.load(folder / "seg_ptr.npy")
+        self.seg_len = np.load(folder / "seg_len.npy")
+        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r" if self.seg_len.max(initial=0) > 0 else None)
+        self.seg_at = np.concatenate([[0], np.cumsum(np.maximum(self.seg_len, 0), dtype=np.int64)])
+
+
+def _tokenise(folder: Path, documents: Documents, tokenizer: JsonTokenizer) -> None:
+    seg_ptr, seg_len, parts = [0], [], []
+    for start in range(0, len(documents), BATCH):
+        batch = [documents.raw(d) for d in range(start, min(start + BATCH, len(documents)))]
+        coded = iter(tokenizer.encode_many([s for segments in batch for s in segments if isinstance(s, str)]))
+        for segments in batch:
+            for segment in segments:
+                if isinstance(segment, bytes):
+                    seg_len.append(IMAGE)
+                else:
+                    parts.append(next(coded))
+                    seg_len.append(len(parts[-1]))
+            seg_ptr.append(len(seg_len))
+    np.save(folder / "seg_ptr.npy", np.array(seg_ptr, np.int64))
+    np.save(folder / "seg_len.npy", np.array(seg_len, np.int32))
+    np.save(folder / "tokens.npy", np.concatenate([np.zeros(0, np.int32), *parts]))
+
+
+class ImageStore:
+    """Patches of all images of a source: `patches(image)` -> u8 [n, p*p*3]."""
+
+    def __init__(self, documents: Documents, image_size: int, patch_size: int) -> None:
+        self.documents, self.size, self.patch = documents, image_size, patch_size
+        self.n, self.patch_dim = (image_size // patch_size) ** 2, patch_size * patch_size * 3
+        self.image_ptr = documents.index.image_ptr()
+        self._recent = cache.Recent(2048)
+        self._data: np.ndarray | None = None
+        count = int(self.image_ptr[-1])
+        if 0 < count * self.n * self.patch_dim <= STORE_BYTES:
+            key = cache.digest("images", VERSION, documents.index.digest, image_size, patch_size)
+            folder = cache.root() / "images" / f"v{VERSION}" / key
+            if not folder.exists():
+                with cache.lock(folder):
+                    if not folder.exists():
+                        cache.write_folder(folder, self._fill)
+            self._data = np.load(folder / "patches.npy", mmap_mode="r")
+
+    def _fill(self, folder: Path) -> None:
+        shape = (int(self.image_ptr[-1]), self.n, self.patch_dim)
+        out = np.lib.format.open_memmap(folder / "patches.npy", mode="w+", dtype=np.uint8, shape=shape)
+        for d in range(len(self.documents)):
+            if self.image_ptr[d] < self.image_ptr[d + 1]:
+                out[self.image_ptr[d] : self.image_ptr[d + 1]] = self._decode(d)
+        out.flush()
+
+    def _decode(self, d: int) -> np.ndarray:
+        encoded = [s for s in self.documents.raw(d) if isinstance(s, bytes)]
+        try:
+            return np.stack([to_patches(decode(e), self.size, self.patch) for e in encoded])
+        except BrokenImage as error:
+            raise InputError(
+                f"an image of {self.documents.key(d)} was good when indexed, and is not now: {error}"
+            ) from error
+
+    def patches(self, d: int, first: int, last: int) -> np.ndarray:
+        """Images first .. last-1 of document d -> u8 [(last-first)*n, p*p*3]."""
+        if first == last:
+            return np.zeros((0, self.patch_dim), np.uint8)
+        if self._data is not None:
+            at = int(self.image_ptr[d])
+            block = np.asarray(self._data[at + first : at + last])
+        else:
+            block = self._recent.get(d, lambda: self._decode(d))[first:last]
+        return block.reshape(-1, self.patch_dim)
+
+
+class FiniteSource:
+    """Rows 0, 1, 2, ... of a source over its epochs, in the order of `seed`."""
+
+    def __init__(
+        self, name: str, domain: str, index: SourceIndex, data: DataConfig, tok: JsonTokenizer, seed: int
+    ) -> None:
+        self.name, self.domain, self.index, self.seed = name, domain, index, seed
+        self.digest = index.digest
+        self.n_samples: int | None = index.n
+        self.tokenizer, self.row_len, self.n = tok, data.row_len, data.patches_per_image
+        self.documents = Documents(index)
+        self.text = TokenStore(self.documents, tok)
+        self.images = ImageStore(self.documents, data.image_size, data.patch_size)
+        self._tabulate()
+        self._plans = cache.Recent(4)
+        self._ends = [0]  # rows before epoch 0, 1, 2, ...
+
+    def _tabulate(self) -> None:
+        """The piece table: document, content range [a, b), images [i, j) of each piece, and its length in slots."""
+        seg_ptr, seg_len = self.text.seg_ptr, self.text.seg_len
+        slots = np.where(seg_len == IMAGE, self.n, seg_len).astype(np.int64)
+        total = np.concatenate([[0], np.cumsum(slots)])
+        content = total[seg_ptr[1:]] - total[seg_ptr[:-1]]
+        counts = np.ones(len(content), np.int64)
+        pieces: dict[int, list[int]] = {}
+        for d in np.flatnonzero(content + 2 > self.row_len).tolist():
+            pieces[d] = cut(seg_len[seg_ptr[d] : seg_ptr[d + 1]].tolist(), self.n, self.row_len)
+            counts[d] = len(pieces[d])
+        self.piece_ptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.doc = np.repeat(np.arange(len(content)), counts)
+        self.b = np.repeat(content, counts)
+        self.a = np.zeros(len(self.doc), np.int64)
+        images = np.diff(self.images.image_ptr)
+        self.i, self.j = np.zeros(len(self.doc), np.int64), np.repeat(images, counts)
+        for d, ends in pieces.items():
+            at = slice(int(self.piece_ptr[d]), int(self.piece_ptr[d + 1]))
+            self.b[at] = ends
+            self.a[at] = [0, *ends[:-1]]
+            s = slice(int(seg_ptr[d]), int(seg_ptr[d + 1]))
+            starts = (total[s] - total[seg_ptr[d]])[seg_len[s] == IMAGE]
+            self.j[at] = np.searchsorted(starts, self.b[at])
+            self.i[at] = np.searchsorted(starts, self.a[at])
+        self.last = np.zeros(len(self.doc), bool)
+        self.last[self.piece_ptr[1:] - 1] = True
+        self.length = self.b - self.a + 1 + self.last
+        self.image_slots = (self.j - self.i) * self.n
+        self.n_cut = len(pieces)
+
+    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(row_ptr i64[rows+1], piece i64[N]) of an epoch."""
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            order = permutation(len(self.documents), self.seed, self.name, epoch)
+            counts = self.piece_ptr[order + 1] - self.piece_ptr[order]
+            start = np.repeat(self.piece_ptr[order] - (np.cumsum(counts) - counts), counts)
+            arriving = start + np.arange(counts.sum())
+            row_ptr, picked = best_fit(self.length[arriving], self.row_len)
+            return row_ptr, arriving[picked]
+
+        return self._plans.get(epoch, make)
+
+    def rows_of(self, epoch: int) -> int:
+        """Rows of an epoch (it differs a little from epoch to epoch)."""
+        self._walk(epoch=epoch)
+        return self._ends[epoch + 1] - self._ends[epoch]
+
+    def _walk(self, *, epoch: int = -1, row: int = -1) -> None:
+        while len(self._ends) <= epoch + 1 or self._ends[-1] <= row:
+            self._ends.append(self._ends[-1] + len(self.plan(len(self._ends) - 1)[0]) - 1)
+
+    def locate(self, j: int) -> tuple[int, int]:
+        """Row j -> (epoch, row inside it)."""
+        self._walk(row=j)
+        epoch = int(np.searchsorted(self._ends, j, side="right")) - 1
+        return epoch, j - self._ends[epoch]
+
+    def row(self, j: int) -> tuple[Rows, int]:
+        """Row j packed, as (block, row of the block)."""
+        epoch, r = self.locate(j)
+        row_ptr, order = self.plan(epoch)
+        pieces = [self._piece(int(p), epoch) for p in order[row_ptr[r] : row_ptr[r + 1]]]
+        domain = DOMAINS.index(self.domain)
+        return build([pieces], self.row_len, self.n, self.images.patch_dim, domain, self.tokenizer.pad_id), 0
+
+    def _piece(self, p: int, epoch: int) -> Piece:
+        d, a, b = int(self.doc[p]), int(self.a[p]), int(self.b[p])
+        size = b - a + 1 + bool(self.last[p])
+        ids = np.full(size, self.tokenizer.image_id, np.int32)
+        image = np.full(size, -1, np.int32)
+        ids[0] = self.tokenizer.bos_id
+        at = shown = 0
+        for s in range(int(self.text.seg_ptr[d]), int(self.text.seg_ptr[d + 1])):
+            length = int(self.text.seg_len[s])
+            end = at + (self.n if length == IMAGE else length)
+            low, high = max(at, a), min(end, b)
+            if low < high and length == IMAGE:
+                image[1 + low - a : 1 + high - a] = shown
+                shown += 1
+            elif low < high:
+                begin = int(self.text.seg_at[s]) - at
+                ids[1 + low - a : 1 + high - a] = self.text.tokens[begin + low : begin + high]
+            at = end
+        if self.last[p]:
+            ids[-1] = self.tokenizer.eos_id
+        key = f"{self.name}:{epoch}:{self.documents.key(d)}"
+        if self.piece_ptr[d + 1] - self.piece_ptr[d] > 1:
+            key += f":{p - int(self.piece_ptr[d])}"
+        return Piece(key, ids, image, self.images.patches(d, int(self.i[p]), int(self.j[p])))
+
+    def ledger(self, rows: int) -> dict[str, Any]:
+        """What the first `rows` rows hold, exactly: see `Stream.report`."""
+        totals = {"documents": 0, "text_tokens": 0, "image_tokens": 0}
+        seen = np.zeros(len(self.doc), bool)
+        epochs, left, epoch = 0.0, rows, 0
+        while left > 0:
+            row_ptr, order = self.plan(epoch)
+            there = min(left, len(row_ptr) - 1)
+            picked = order[: row_ptr[there]]
+            totals["documents"] += int(self.last[picked].sum())
+            totals["image_tokens"] += int(self.image_slots[picked].sum())
+            totals["text_tokens"] += int((self.length - self.image_slots)[picked].sum())
+            seen[picked] = True
+            epochs += there / (len(row_ptr) - 1)
+            left, epoch = left - there, epoch + 1
+        hashes = self.index.column("image_hash")
+        begin = self.images.image_ptr[self.doc[seen]]
+        shown = np.zeros(len(hashes) + 1, np.int64)
+        np.add.at(shown, begin + self.i[seen], 1)
+        np.add.at(shown, begin + self.j[seen], -1)
+        return {
+            **totals,
+            "unique_tokens": int((self.length - self.image_slots)[seen].sum()),
+            "unique_images": len(np.unique(hashes[np.cumsum(shown)[:-1] > 0])),
+            "epochs": round(epochs, 4),
+            "estimated": False,
+            "samples": self.n_samples,
+            "bad": self.index.bad,
+            "bad_examples": self.index.examples,
+            "cut": self.n_cut,
+            "truncated": 0,
+        }

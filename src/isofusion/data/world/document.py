@@ -1,0 +1,122 @@
+"""The phrases that captions and interleaved documents share: describe, ask, answer, relate, read the frame."""
+
+from __future__ import annotations
+
+from isofusion.data.world.choice import Chooser, Table, Writer, table
+from isofusion.data.world.entities import Entities
+from isofusion.data.world.scene import Renderer, Scene, draw_scene
+from isofusion.data.world.vocab import (
+    ASK,
+    ATTRIBUTE,
+    CHOICE,
+    COLOUR,
+    COLOURS,
+    COUNT,
+    FRAMES,
+    FROM,
+    FUSION_AFTER,
+    FUSION_BEFORE,
+    GRAMMAR,
+    LOOKUP,
+    NAME,
+    NUMERAL,
+    NUMERALS,
+    REFERENCE,
+    RIM,
+    SIDES,
+    SIGN,
+    SPATIAL,
+    TRAITS,
+)
+
+TRAIT_AFTER_NAME = table((0.55, 0.15, 0.15, 0.15))  # nothing, is, lives, eats
+Question = tuple[int, int]
+"""(operand, side); its answer is (frame colour of the side + operand) mod 4."""
+
+
+class Document(Writer):
+    """A writer that knows the entities and can draw."""
+
+    def __init__(self, chooser: Chooser, max_len: int, patches: int, entities: Entities, renderer: Renderer) -> None:
+        super().__init__(chooser, max_len, patches)
+        self.entities = entities
+        self.renderer = renderer
+        self.named: set[int] = set()
+
+    def look(self, count: Table, p_sign: float) -> Scene:
+        """Draws a scene and appends its image."""
+        scene = draw_scene(self.chooser, self.entities, count, p_sign)
+        parts = self.entities.parts[scene.entities]
+        self.image(self.renderer.render(scene, parts, self.chooser.hidden(self.renderer.n_hidden)))
+        return scene
+
+    def read_name(self, k: int) -> None:
+        """The name of an entity that a glyph shows: nothing to pay, but everything to know."""
+        kind = REFERENCE if k in self.named else LOOKUP
+        if kind == LOOKUP:
+            self.named.add(k)
+            self.lookups.append(k)
+        for token in self.entities.name_tokens(k):
+            self.put(token, kind)
+
+    def draw_name(self) -> int:
+        """The name of an entity drawn by frequency: each syllable pays -log p given those before."""
+        k = self.chooser.choose(self.entities.draw, "entity")
+        self.exposures += 1
+        for token, nats in zip(self.entities.name_tokens(k), self.entities.name_nats[k].tolist(), strict=True):
+            self.put(token, NAME, nats)
+        return k
+
+    def trait(self, k: int, which: int) -> None:
+        self.put(TRAITS[which], GRAMMAR)
+        self.put(self.entities.trait_tokens(k)[which], ATTRIBUTE)
+
+    def describe(self, scene: Scene, traits: bool) -> None:
+        """Count; each entity's colour and name, with a trait now and then; the numeral if one is drawn."""
+        self.put(NUMERALS[len(scene.entities)], COUNT)
+        self.exposures += len(scene.entities)
+        for k, colour in zip(scene.entities, scene.colours, strict=True):
+            self.put(COLOURS[colour], COLOUR)
+            self.read_name(k)
+            which = self.defer(TRAIT_AFTER_NAME) if traits else 0
+            if which:
+                self.trait(k, which - 1)
+        if scene.sign is not None:
+            self.put(SIGN, GRAMMAR)
+            self.put(NUMERALS[scene.sign[0]], NUMERAL)
+
+    def question(self, free_sides: list[int]) -> Question:
+        """`ask two top`: operand uniform, side uniform among those not spoken of yet."""
+        self.put(ASK, GRAMMAR)
+        operand = self.pick(NUMERALS[:4], CHOICE)
+        side = free_sides.pop(self.pick([SIDES[s] for s in free_sides], CHOICE))
+        return operand, side
+
+    def ask_after(self, scene: Scene) -> None:
+        """`ask two top three`: the answer stands right after the side, where side and operand are nearest."""
+        operand, side = self.question(scene.free_sides)
+        self.put(NUMERALS[(scene.frame[side] + operand) % 4], FUSION_AFTER)
+
+    def answer(self, scene: Scene, questions: list[Question]) -> None:
+        """`top three`, in the order of the questions before the image."""
+        for operand, side in questions:
+            self.put(SIDES[side], REFERENCE)
+            self.put(NUMERALS[(scene.frame[side] + operand) % 4], FUSION_BEFORE)
+
+    def relate(self, scene: Scene) -> None:
+        """`from red blue left`: seen from the red one, the blue one is left."""
+        self.put(FROM, GRAMMAR)
+        places = list(range(len(scene.entities)))
+        a = places.pop(self.pick([COLOURS[scene.colours[i]] for i in places], CHOICE))
+        b = places[self.pick([COLOURS[scene.colours[i]] for i in places], CHOICE)]
+        self.put(scene.relation(a, b), SPATIAL)
+
+    def read_rim(self, scene: Scene) -> None:
+        """`rim top orange`: a frame colour read out, on a side that no question asks about."""
+        self.put(RIM, GRAMMAR)
+        side = scene.free_sides.pop(self.pick([SIDES[s] for s in scene.free_sides], CHOICE))
+        self.put(FRAMES[scene.frame[side]], COLOUR)
+
+    def structure(self, dist: Table, label: str = "structure") -> int:
+        """A choice that costs nothing: only whether an image comes next depends on it."""
+        return self.chooser.choose(dist, label)

@@ -1,0 +1,132 @@
+"""Scenes and their pixels: glyphs on a 3 x 3 grid, a frame of four coloured bars, sometimes a drawn numeral.
+
+Everything the text may speak of is visible: glyphs, their colours and cells, frame colours, the numeral. Jitter,
+clutter and noise are hidden bytes that no text depends on. Jitter is less than one glyph cell, so no two glyphs can
+look alike. A glyph is 5 x 5 cells: a centre that is always on, and around it, like the sails of a windmill, four parts
+of 2 x 3 cells, one bit a cell. At 48 px a glyph is 10 px and begins 3 or 4 px into its 16 px square, so it always
+straddles patches of 8 (not aligned), yet alike in all nine squares: what is learnt in one serves in the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from isofusion.data.world.choice import Chooser, Table, table, uniform
+from isofusion.data.world.entities import N_PARTS, Entities
+from isofusion.data.world.vocab import ABOVE, BELOW, LEFT, RIGHT
+from isofusion.errors import InputError
+
+# the ground is mid-grey, zero after the usual normalisation: what an image says is then most of what a patch carries
+GLYPH_RGB = np.array(
+    [(230, 0, 0), (0, 205, 0), (20, 20, 238), (175, 160, 0), (215, 0, 145), (0, 160, 170)], dtype=np.uint8
+)
+FRAME_RGB = np.array([(238, 238, 238), (238, 120, 0), (120, 25, 215), (0, 0, 0)], dtype=np.uint8)
+SIGN_RGB = np.array((238, 238, 238), dtype=np.uint8)
+BACKGROUND, CLUTTER, NOISE = 118, 20, 16  # grey level; most that clutter adds; noise is 0 .. NOISE-1
+UNIT = 48  # a glyph cell and a frame bar are 2 px per UNIT of image side
+SAILS = (
+    (0, 0, 2, 3),
+    (0, 3, 3, 2),
+    (3, 2, 2, 3),
+    (2, 0, 3, 2),
+)  # row, column, height, width of a glyph's parts in cells
+DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
+          "111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111")  # fmt: skip
+
+CAPTION_COUNT = table((0.4, 0.25, 0.15, 0.1, 0.06, 0.04))
+INTERLEAVED_COUNT = table((0.5, 0.3, 0.2))
+
+
+@dataclass
+class Scene:
+    """What one image shows; entities in raster order of their cells."""
+
+    entities: list[int]
+    colours: list[int]  # indices of COLOUR_WORDS, all different
+    cells: list[int]  # 0..8, rising
+    frame: list[int]  # frame colour of top, bottom, left, right
+    sign: tuple[int, int] | None  # (digit, cell)
+    free_sides: list[int] = field(default_factory=lambda: [0, 1, 2, 3])  # sides the text has not spoken of yet
+    called: list[int] = field(default_factory=list)  # entities (places in the list) that have a nickname
+
+    def relation(self, a: int, b: int) -> int:
+        """Token: where entity b is, seen from entity a; columns decide, rows where columns are equal."""
+        (row_a, col_a), (row_b, col_b) = divmod(self.cells[a], 3), divmod(self.cells[b], 3)
+        if col_a != col_b:
+            return LEFT if col_b < col_a else RIGHT
+        return ABOVE if row_b < row_a else BELOW
+
+
+def draw_scene(chooser: Chooser, entities: Entities, count: Table, p_sign: float) -> Scene:
+    """Entities are independent draws by frequency (one may appear twice); colours and cells differ."""
+    choose = chooser.choose
+    n = choose(count, "count") + 1
+    cells, colours = list(range(9)), list(range(len(GLYPH_RGB)))
+    taken = sorted(cells.pop(choose(uniform(len(cells)), "cell")) for _ in range(n))
+    frame = [choose(uniform(4), "frame") for _ in range(4)]
+    sign = None
+    if choose(table((1 - p_sign, p_sign)), "sign"):
+        sign = choose(uniform(10), "digit"), cells[choose(uniform(len(cells)), "cell")]
+    return Scene(
+        entities=[choose(entities.draw, "entity") for _ in range(n)],
+        colours=[colours.pop(choose(uniform(len(colours)), "colour")) for _ in range(n)],
+        cells=taken,
+        frame=frame,
+        sign=sign,
+    )
+
+
+class Renderer:
+    """Precomputed masks for one image size."""
+
+    def __init__(self, image_size: int) -> None:
+        if image_size < UNIT:
+            raise InputError(f"image_size {image_size} is too small for the world's scenes; use at least {UNIT}")
+        self.size = image_size
+        self.unit = image_size // UNIT
+        self.cell = 2 * self.unit  # px of a glyph cell
+        self.bar = 2 * self.unit  # px of a frame bar
+        self.pitch = image_size // 3
+        masks = np.zeros((len(SAILS), N_PARTS, 5, 5), bool)
+        masks[0, :, 2, 2] = True
+        bits = np.arange(N_PARTS)[:, None] >> np.arange(6) & 1 == 1
+        for part, (y, x, h, w) in enumerate(SAILS):
+            masks[part, :, y : y + h, x : x + w] = bits.reshape(-1, h, w)
+        self.parts = self._scaled(masks)  # bool[4, 64, side, side, 1]; the centre belongs to the first part
+        self.digits = self._scaled(np.array([[c == "1" for c in d] for d in DIGITS]).reshape(10, 5, 3))
+        self.n_hidden = 64 + image_size * image_size * 3
+
+    def _scaled(self, masks: np.ndarray) -> np.ndarray:
+        return masks.repeat(self.cell, -2).repeat(self.cell, -1)[..., None]
+
+    def corner(self, cell: int) -> tuple[int, int]:
+        """(y, x) of a square's glyph before jitter, in px."""
+        return 3 * self.unit + cell // 3 * self.pitch, 3 * self.unit + cell % 3 * self.pitch
+
+    def render(self, scene: Scene, parts: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """u8[size, size, 3] from the scene, the glyph parts u8[n, 4] and `n_hidden` hidden bytes."""
+        size, bar, side = self.size, self.bar, 5 * self.cell
+        out = np.full((size, size, 3), BACKGROUND, np.uint8)
+        bits = hidden[:64].tolist()
+        for c in range(3):  # clutter: faint boxes
+            y, x, h, w, level, channel = bits[c * 6 : c * 6 + 6]
+            y, x = y * size >> 8, x * size >> 8
+            out[y : y + 2 + (h * size >> 10), x : x + 2 + (w * size >> 10), channel % 3] += level * CLUTTER >> 8
+        for i, (four, colour, cell) in enumerate(zip(parts.tolist(), scene.colours, scene.cells, strict=True)):
+            y, x = self.corner(cell)
+            y, x = y + bits[24 + 2 * i] % self.cell, x + bits[25 + 2 * i] % self.cell
+            a, b, c, d = four
+            mask = self.parts[0, a] | self.parts[1, b] | self.parts[2, c] | self.parts[3, d]
+            np.copyto(out[y : y + side, x : x + side], GLYPH_RGB[colour], where=mask)
+        if scene.sign is not None:
+            y, x = self.corner(scene.sign[1])
+            y, x = y + bits[40] % self.cell, x + self.cell + bits[41] % self.cell
+            mask = self.digits[scene.sign[0]]
+            np.copyto(out[y : y + mask.shape[0], x : x + mask.shape[1]], SIGN_RGB, where=mask)
+        top, bottom, left, right = FRAME_RGB[scene.frame]
+        out[:, :bar], out[:, size - bar :] = left, right
+        out[:bar], out[size - bar :] = top, bottom
+        out += (hidden[64:] % NOISE).reshape(out.shape)
+        return out

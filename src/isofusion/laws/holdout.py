@@ -1,0 +1,280 @@
+"""Does the law predict runs it has not seen? Hold-outs against baselines that need no law.
+
+Errors are relative, once to the loss and once to the *reducible* loss L - oracle: near the floor a law that is blind
+looks good in plain loss (DESIGN.md section 5). Without an oracle the fitted E stands in and the result says so.
+Baselines: the next smaller size's loss at equal D; k C^c through the training envelope; the nearest run in (log N,
+log D). `study_report` gathers the numbers a study is judged by. Legend: h held-out rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isofusion.errors import InputError
+from isofusion.laws.bootstrap import bootstrap
+from isofusion.laws.fit import LawFit, fit_law
+from isofusion.laws.frontier import envelope
+from isofusion.laws.table import Array, Runs, clusters
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """Predictions for held-out runs, arrays [h], by the law and by each baseline (NaN where a baseline has none)."""
+
+    what: str
+    held: Runs
+    fit: LawFit
+    predicted: Array
+    low: Array | None  # prediction interval (trunk and branch noise included)
+    high: Array | None
+    baselines: dict[str, Array]
+    floor: Array  # what is subtracted for reducible loss
+    floor_is_oracle: bool
+
+    def error(self, predicted: Array, reducible: bool = True) -> float:
+        """Mean absolute relative error, ignoring rows without a prediction; NaN if there are none."""
+        ok = np.isfinite(predicted)
+        scale = self.held.loss - self.floor if reducible else self.held.loss
+        return float(np.mean(np.abs(predicted - self.held.loss)[ok] / scale[ok])) if ok.any() else float("nan")
+
+    @property
+    def hit_rate(self) -> float | None:
+        if self.low is None or self.high is None:
+            return None
+        return float(np.mean((self.low <= self.held.loss) & (self.held.loss <= self.high)))
+
+    def table(self) -> list[dict[str, Any]]:
+        """Predicted against observed, one row per held-out run."""
+        rows = []
+        for i in range(len(self.held)):
+            row: dict[str, Any] = {
+                "size": str(self.held.size[i]),
+                "n": float(self.held.n[i]),
+                "d": float(self.held.d[i]),
+                "c": float(self.held.c[i]),
+                "observed": float(self.held.loss[i]),
+                "predicted": float(self.predicted[i]),
+                "low": None if self.low is None else float(self.low[i]),
+                "high": None if self.high is None else float(self.high[i]),
+            }
+            for name, values in self.baselines.items():
+                row[name] = float(values[i]) if np.isfinite(values[i]) else None
+            rows.append(row)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        own = self.error(self.predicted)
+        baseline = self.baselines["carry_over"]
+        carry = self.error(baseline)
+        fair = self.error(np.where(np.isfinite(baseline), self.predicted, np.nan))  # on the rows the baseline predicts
+        return {
+            "held_out": self.what,
+            "runs": len(self.held),
+            "reducible_floor": "oracle" if self.floor_is_oracle else "fitted E (no oracle known)",
+            "mae_reducible": own,
+            "mae_loss": self.error(self.predicted, reducible=False),
+            "baselines_reducible": {name: _plain(self.error(values)) for name, values in self.baselines.items()},
+            "ratio_to_carry_over": _plain(fair / carry) if carry else None,
+            "hit_rate": self.hit_rate,
+            "level": None if self.low is None else 0.95,
+            "table": self.table(),
+        }
+
+
+def hold_out(
+    runs: Runs,
+    held: np.ndarray,
+    *,
+    what: str = "held-out runs",
+    oracle: float | Array | None = None,
+    draws: int = 400,
+    seed: int = 0,
+    **options: Any,
+) -> HoldOut:
+    """Fit on the runs outside `held` (bool[m]) and predict those inside. `options` go to fit_law; draws=0: no interval.
+
+    Raises InputError if the training runs cannot identify the law.
+    """
+    held = np.asarray(held, dtype=bool)
+    if not held.any() or held.all():
+        raise InputError(
+            f"{runs.label or 'runs'}: hold out some runs and keep some; {int(held.sum())} of {len(runs)} are held out"
+        )
+    train, test = runs.select(~held), runs.select(held)
+    try:
+        fit = fit_law(train, **options)
+    except InputError as error:
+        raise InputError(f"holding out {what}: {error}") from error
+    low = high = None
+    if draws:
+        low, high = bootstrap(fit, draws, seed=seed).predictive(test.n, test.d, test.group)
+    truth = runs.oracle_value(oracle)
+    floor = np.full(len(test), fit.E) if truth is None else truth[held]
+    if (floor >= test.loss).any():
+        i = int(np.argmax(floor - test.loss))
+        raise InputError(
+            f"{runs.label or 'runs'}: loss {test.loss[i]:.6g} of size {test.size[i]} is at or below its floor "
+            f"{floor[i]:.6g} ({'oracle entropy' if truth is not None else 'fitted E'}); "
+            "reducible loss is not defined there"
+        )
+    baselines = {
+        "carry_over": carry_over(train, test),
+        "power_law": power_law(train, test),
+        "nearest": nearest(train, test),
+    }
+    return HoldOut(what, test, fit, fit.predict(test.n, test.d), low, high, baselines, floor, truth is not None)
+
+
+def largest_size(runs: Runs) -> np.ndarray:
+    """bool[m]: the runs of the largest model size."""
+    cluster = clusters(runs.n)
+    return cluster == cluster.max()
+
+
+def carry_over(train: Runs, test: Runs) -> Array:
+    """Loss of the next smaller training size at equal D (log-log interpolated, seeds averaged), or NaN."""
+    out = np.full(len(test), np.nan)
+    cluster, budget = clusters(train.n), clusters(train.d)
+    means = np.array([train.n[cluster == k].mean() for k in range(int(cluster.max()) + 1)])
+    for i in range(len(test)):
+        smaller = np.flatnonzero(means < test.n[i] / 1.02)
+        if not len(smaller):
+            continue
+        rows = cluster == smaller[-1]
+        points = [
+            (np.log(train.d[rows & (budget == b)]).mean(), np.log(train.loss[rows & (budget == b)]).mean())
+            for b in np.unique(budget[rows])
+        ]
+        x, y = np.array(sorted(points)).T
+        at = np.log(test.d[i])
+        if x[0] - np.log(1.05) <= at <= x[-1] + np.log(1.05):
+            out[i] = np.exp(np.interp(at, x, y))
+    return out
+
+
+def power_law(train: Runs, test: Runs) -> Array:
+    """k C^c through the training envelope, at the test runs' compute; NaN if the envelope is too short to fit."""
+    try:
+        return envelope(train).predict(test.c)
+    except InputError:
+        return np.full(len(test), np.nan)
+
+
+def nearest(train: Runs, test: Runs) -> Array:
+    """Loss of the nearest training run in (log N, log D)."""
+    gap = np.log(test.n[:, None] / train.n) ** 2 + np.log(test.d[:, None] / train.d) ** 2
+    return train.loss[np.argmin(gap, axis=1)]
+
+
+def leave_one_size_out(runs: Runs, *, oracle: float | Array | None = None, **options: Any) -> dict[str, Any]:
+    """Mean absolute relative error in reducible loss, each size predicted from the others; full law, each term dropped.
+
+    Ratios above 1 mean that the dropped term was needed. Raises InputError with fewer sizes than the law needs.
+    """
+    cluster = clusters(runs.n)
+    truth = runs.oracle_value(oracle)
+    floor = truth if truth is not None else np.full(len(runs), fit_law(runs, **options).E)
+    if (floor >= runs.loss).any():
+        raise InputError(
+            f"{runs.label or 'runs'}: a loss is at or below its floor; reducible loss is not defined there"
+        )
+    forms: dict[str, dict[str, Any]] = {"full": {}, "without_n": {"n_term": False}, "without_d": {"d_term": False}}
+    options = {"grid": 8, **options}  # 3 fits per size: a coarser grid of starts reaches the same ends
+    out: dict[str, Any] = {"reducible_floor": "oracle" if truth is not None else "fitted E (no oracle known)"}
+    for name, terms in forms.items():
+        predicted = np.empty(len(runs))
+        for k in range(int(cluster.max()) + 1):
+            held = cluster == k
+            predicted[held] = fit_law(runs.select(~held), **terms, **options).predict(runs.n[held], runs.d[held])
+        error = np.abs(predicted - runs.loss) / (runs.loss - floor)
+        out[name] = float(error.mean())
+        if name == "full":
+            out["by_size"] = {
+                str(runs.size[cluster == k][0]): float(error[cluster == k].mean())
+                for k in range(int(cluster.max()) + 1)
+            }
+    for name in ("without_n", "without_d"):
+        out[f"ratio_{name}"] = out[name] / out["full"] if out["full"] > 0 else None
+    return out
+
+
+def study_report(
+    runs: Runs,
+    oracle: float | Array | None = None,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    fixed_e: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """The numbers a study is judged by, for one arm and domain, ready for JSON.
+
+    Keys: law, bootstrap, hold_out (largest size), leave_one_size_out, spread (residual, seed, ratio), irreducible
+    (fitted, oracle, bias, interval, covers), fixed_e (the same hold-out tests with E = oracle; null without oracle).
+    A part that these runs cannot support is {"refused": reason}. Raises InputError if the law itself is unidentified.
+    """
+    truth = runs.oracle_value(oracle)
+    level = None if truth is None else float(truth.mean())
+    fit = fit_law(runs, **options)
+    intervals = bootstrap(fit, draws, seed=seed)
+    noise = intervals.noise
+    seed_spread = noise.seed
+    low, high = intervals.interval("E")
+    irreducible: dict[str, Any] = {"fitted": fit.E, "interval": [low, high], "oracle": level}
+    if level is not None:
+        irreducible |= {
+            "bias": fit.E - level,
+            "relative_bias": (fit.E - level) / level if level else None,
+            "covers": bool(low <= level <= high),
+        }
+    report: dict[str, Any] = {
+        "label": runs.label,
+        "law": fit.to_dict(),
+        "bootstrap": intervals.to_dict(),
+        "share_at_bound": intervals.share_at_bound,
+        **_tests(runs, oracle, min(draws, 400), seed, options),
+        "spread": {
+            "residual": fit.residual_spread,
+            "seed": seed_spread,
+            "seed_freedom": noise.seed_freedom,
+            "ratio": fit.residual_spread / seed_spread if seed_spread else None,
+        },
+        "irreducible": irreducible,
+        "fixed_e": None,
+    }
+    if fixed_e and level is not None and "fixed_e" not in options:
+        try:
+            pinned = fit_law(runs, fixed_e=level, **options)
+            pinned_intervals = bootstrap(pinned, draws, seed=seed)
+            report["fixed_e"] = {
+                "law": pinned.to_dict(),
+                "bootstrap": pinned_intervals.to_dict(),
+                "share_at_bound": pinned_intervals.share_at_bound,
+                "residual_over_seed": pinned.residual_spread / seed_spread if seed_spread else None,
+                **_tests(runs, oracle, min(draws, 400), seed, {**options, "fixed_e": level}),
+            }
+        except InputError as error:
+            report["fixed_e"] = {"refused": str(error)}
+    return report
+
+
+def _tests(runs: Runs, oracle: float | Array | None, draws: int, seed: int, options: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    try:
+        held = largest_size(runs)
+        what = f"largest size ({runs.size[held][0]}, N = {runs.n[held].mean():.3g})"
+        out["hold_out"] = hold_out(runs, held, what=what, oracle=oracle, draws=draws, seed=seed, **options).to_dict()
+    except InputError as error:
+        out["hold_out"] = {"refused": str(error)}
+    try:
+        out["leave_one_size_out"] = leave_one_size_out(runs, oracle=oracle, **options)
+    except InputError as error:
+        out["leave_one_size_out"] = {"refused": str(error)}
+    return out
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,302 @@
+"""The table every fit starts from: one row per finished run, checked once so that no fit sees a bad number.
+
+Units: n in parameters, d in tokens, c in FLOPs, loss in nats per token. `size` labels runs of one model size, `group`
+labels the trunk (runs of one group share its luck: DESIGN.md section 6), `seed` tells repeated trunks apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from isofusion.errors import InputError
+
+Array = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.str_]
+
+SAME = 1.05  # two values closer than this factor count as one model size or one token budget
+MAX_LISTED = 5  # bad rows named in one message
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+ALIASES = {
+    "n": ("n", "params", "n_params", "parameters", "n_total", "model size"),
+    "d": ("d", "tokens", "n_tokens", "train_tokens"),
+    "loss": ("loss", "val_loss", "validation loss"),
+    "c": ("c", "flops", "flop", "compute", "training flop"),
+}
+
+
+def clusters(values: Array, same: float = SAME) -> npt.NDArray[np.int64]:
+    """Index of each value's cluster (ascending), a cluster spanning at most a factor `same`. Positive values."""
+    order = np.argsort(values, kind="stable")
+    out = np.zeros(len(values), dtype=np.int64)
+    k, start = -1, -math.inf
+    for i in order:
+        if values[i] > start * same or k < 0:
+            k, start = k + 1, float(values[i])
+        out[i] = k
+    return out
+
+
+def distinct(values: Array, same: float = SAME) -> int:
+    """How many different values there are, counting those within a factor `same` as one."""
+    return int(clusters(values, same).max()) + 1 if len(values) else 0
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs, as parallel arrays of one length."""
+
+    n: Array
+    d: Array
+    loss: Array
+    c: Array
+    size: Labels
+    group: Labels
+    seed: Labels
+    se: Array | None = None  # standard error of the loss over validation documents
+    oracle: Array | None = None  # entropy of the data in nats/token, where it is known (the world)
+    compute: str = "6nd"  # which FLOPs `c` holds: "6nd", "exact" (the ledger) or "given"
+    label: str = ""  # e.g. "early / caption"
+
+    @classmethod
+    def of(
+        cls,
+        n: Sequence[float] | Array,
+        d: Sequence[float] | Array,
+        loss: Sequence[float] | Array,
+        *,
+        c: Sequence[float] | Array | None = None,
+        size: Sequence[str] | None = None,
+        group: Sequence[str] | None = None,
+        seed: Sequence[Any] | None = None,
+        se: Sequence[float] | Array | None = None,
+        oracle: Sequence[float] | Array | float | None = None,
+        compute: str | None = None,
+        label: str = "",
+        where: str = "runs",
+    ) -> Runs:
+        """Check and build. Without `c`: 6·N·D. Without `size`: from N. Without `group`: every run is its own trunk.
+
+        Raises InputError naming the rows that hold NaN, infinite, zero or negative values.
+        """
+        n_, d_, loss_ = (np.asarray(v, dtype=np.float64).ravel() for v in (n, d, loss))
+        rows = len(n_)
+        if not len(d_) == len(loss_) == rows:
+            raise InputError(f"{where}: n, d and loss have {rows}, {len(d_)} and {len(loss_)} rows; they must be equal")
+        if rows == 0:
+            raise InputError(f"{where}: no rows; a fit needs at least 3 sizes x 3 token budgets")
+        c_ = 6.0 * n_ * d_ if c is None else np.asarray(c, dtype=np.float64).ravel()
+        for name, column in (("n", n_), ("d", d_), ("loss", loss_), ("c", c_)):
+            bad = np.flatnonzero(~(np.isfinite(column) & (column > 0)))
+            if len(column) != rows or len(bad):
+                listed = ", ".join(f"row {i}: {column[i]:g}" for i in bad[:MAX_LISTED])
+                raise InputError(
+                    f"{where}: {name} must be {rows} positive finite numbers ({listed}); drop or mend those rows"
+                )
+        sizes = np.asarray([f"{v:.3g}" for v in n_] if size is None else [str(s) for s in size], dtype=np.str_)
+        groups = np.asarray(
+            [f"row {i}" for i in range(rows)] if group is None else [str(g) for g in group], dtype=np.str_
+        )
+        seeds = np.asarray(["0"] * rows if seed is None else [str(s) for s in seed], dtype=np.str_)
+        truth = None if oracle is None else np.broadcast_to(np.asarray(oracle, dtype=np.float64), (rows,)).copy()
+        errors = None if se is None else np.asarray(se, dtype=np.float64).ravel()
+        kind = compute or ("6nd" if c is None else "given")
+        return cls(n_, d_, loss_, c_, sizes, groups, seeds, errors, truth, kind, label)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | Path,
+        n: str | None = None,
+        d: str | None = None,
+        loss: str | None = None,
+        c: str | None = None,
+        group: str | None = None,
+        size: str | None = None,
+        seed: str | None = None,
+    ) -> Runs:
+        """Read a CSV with a header line. Columns left as None are found by their usual names (n/params, d/tokens, ...).
+
+        Numbers may carry a unit (1.3B, 275M). With FLOPs but no tokens column, D = C / (6 N). Raises InputError naming
+        file, line, column and reason.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give a CSV with columns for parameters, tokens and loss")
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as handle:
+            reader = csv.DictReader(handle)
+            header = [name for name in (reader.fieldnames or []) if name is not None]
+            if not header:
+                raise InputError(f"{path}: the file is empty; give a CSV with columns for parameters, tokens and loss")
+            given = {"n": n, "d": d, "loss": loss, "c": c}
+            names = {role: _column(path, header, role, name) for role, name in given.items()}
+            extra = {
+                role: _column(path, header, role, name)
+                for role, name in (("group", group), ("size", size), ("seed", seed))
+            }
+            for role, flag in (("n", "--n"), ("loss", "--loss")):
+                if names[role] is None:
+                    raise InputError(f"{path}: no column for {role}; name it with {flag}. Columns: {', '.join(header)}")
+            if names["d"] is None and names["c"] is None:
+                raise InputError(
+                    f"{path}: no column for tokens; name it with --d (or FLOPs with --flops). "
+                    f"Columns: {', '.join(header)}"
+                )
+            columns: dict[str, list[float]] = {role: [] for role, name in names.items() if name is not None}
+            labels: dict[str, list[str]] = {role: [] for role, name in extra.items() if name is not None}
+            bad: list[str] = []
+            for row in reader:
+                for role, values in columns.items():
+                    column = names[role] or ""
+                    value, reason = _number(row.get(column))
+                    values.append(value)
+                    if reason:
+                        bad.append(f"line {reader.line_num}, column '{column}': {reason}")
+                for role, texts in labels.items():
+                    texts.append(row.get(extra[role] or "") or "")
+        if bad:
+            more = f" and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
+            raise InputError(f"{path}: {'; '.join(bad[:MAX_LISTED])}{more}; mend or delete those lines")
+        if not columns["n"]:
+            raise InputError(f"{path}: a header and no rows; a fit needs at least 3 sizes x 3 token budgets")
+        tokens = columns.get("d") or [
+            flops / (6.0 * size_n) for flops, size_n in zip(columns["c"], columns["n"], strict=True)
+        ]
+        return cls.of(
+            columns["n"],
+            tokens,
+            columns["loss"],
+            c=columns.get("c"),
+            group=labels.get("group"),
+            size=labels.get("size"),
+            seed=labels.get("seed"),
+            compute=None if "d" in columns else "6nd",  # tokens derived from C = 6ND: the cost is 6ND by construction
+            label=path.name,
+            where=str(path),
+        )
+
+    @classmethod
+    def from_results(
+        cls, rows: Iterable[Mapping[str, Any]], arm: str | None = None, domain: str = "mean", compute: str = "exact"
+    ) -> Runs:
+        """One arm and domain of a study's results (study.ledger.results, or the rows of results.csv).
+
+        domain: caption, interleaved, text or mean. compute: "exact" (the FLOP ledger) or "6nd" (column flops_6nd).
+        """
+        if compute not in ("exact", "6nd"):
+            raise InputError(f"compute = {compute!r}: choose 'exact' (the FLOP ledger) or '6nd'")
+        table = list(rows)
+        arms = sorted({str(r.get("arm")) for r in table})
+        chosen = [r for r in table if arm is None or r.get("arm") == arm]
+        where = f"results, arm {arm}, domain {domain}"
+        if not chosen:
+            raise InputError(f"{where}: no finished runs; arms with runs: {', '.join(arms) or 'none'}")
+        loss = f"loss_{domain}"
+        flops = "flops" if compute == "exact" else "flops_6nd"
+        for column in ("n", "tokens", loss, flops):
+            if column not in chosen[0]:
+                raise InputError(f"{where}: no column '{column}'. Columns: {', '.join(chosen[0])}")
+
+        def numbers(column: str) -> list[float]:
+            out = []
+            for r in chosen:
+                value, reason = _number(r.get(column))
+                if reason:
+                    raise InputError(f"{where}: run {r.get('run')}, column '{column}': {reason}")
+                out.append(value)
+            return out
+
+        return cls.of(
+            numbers("n"),
+            numbers("tokens"),
+            numbers(loss),
+            c=numbers(flops),
+            size=[str(r.get("size", "")) for r in chosen],
+            group=[str(r.get("parent") or r.get("run")) for r in chosen],
+            seed=[str(r.get("seed", 0)) for r in chosen],
+            oracle=_oracle(chosen, domain),
+            compute=compute,
+            label=f"{arm or 'all'} / {domain}",
+            where=where,
+        )
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    def select(self, rows: npt.NDArray[Any]) -> Runs:
+        """The given rows (boolean mask or indices)."""
+        pick = {k: getattr(self, k)[rows] for k in ("n", "d", "loss", "c", "size", "group", "seed")}
+        se = None if self.se is None else self.se[rows]
+        return replace(self, **pick, se=se, oracle=None if self.oracle is None else self.oracle[rows])
+
+    def with_loss(self, loss: Array) -> Runs:
+        """The same runs with other losses (simulations)."""
+        return replace(self, loss=np.asarray(loss, dtype=np.float64))
+
+    @property
+    def n_sizes(self) -> int:
+        return distinct(self.n)
+
+    @property
+    def n_budgets(self) -> int:
+        return distinct(self.d)
+
+    def oracle_value(self, oracle: float | Array | None = None) -> Array | None:
+        """Per-row oracle entropy: the argument (scalar or per row) if given, else the table's own."""
+        if oracle is None:
+            return self.oracle
+        return np.broadcast_to(np.asarray(oracle, dtype=np.float64), (len(self),)).copy()
+
+
+def _column(path: Path, header: list[str], role: str, name: str | None) -> str | None:
+    if name is not None:
+        if name not in header:
+            raise InputError(f"{path}: no column '{name}' (for {role}). Columns: {', '.join(header)}")
+        return name
+    by_lower = {column.strip().lower(): column for column in reversed(header)}
+    return next((by_lower[alias] for alias in ALIASES.get(role, (role,)) if alias in by_lower), None)
+
+
+def _number(value: Any) -> tuple[float, str]:
+    """(number, "") or (NaN, reason)."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return math.nan, "empty"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        text = str(value).strip()
+        try:
+            number = float(text[:-1]) * UNITS[text[-1].lower()]
+        except (KeyError, ValueError):
+            return math.nan, f"'{text}' is not a number"
+    if not math.isfinite(number):
+        return number, f"{number} is not finite"
+    if number <= 0:
+        return number, f"{number:g} is not positive"
+    return number, ""
+
+
+def _oracle(rows: list[Mapping[str, Any]], domain: str) -> list[float] | None:
+    """Oracle entropies of the rows, or None where a row has none (real data)."""
+    out = []
+    for r in rows:
+        value = r.get(f"oracle_{domain}")
+        if value in (None, "") and domain == "mean":
+            parts = [r.get(f"oracle_{k[5:]}") for k in r if k.startswith("loss_") and k != "loss_mean"]
+            if parts and all(p not in (None, "") for p in parts):
+                value = float(np.mean([float(p) for p in parts if p is not None]))
+        try:
+            number = float(value) if value not in (None, "") else math.nan
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            return None
+        out.append(number)
+    return out

@@ -1,0 +1,257 @@
+"""Attention over packed documents: one predicate (DESIGN.md section 3), three executions of it, chosen once per batch.
+
+A slot sees the earlier slots of its own document and, inside an image, every patch of that image (arXiv 2504.07951,
+section 2.3: causal for text, bidirectional for image tokens). Padding sees itself only, so nothing is ever NaN.
+
+- `dense`: explicit float32 softmax over rows; the reference the others are tested against.
+- `sdpa`: documents of similar length are stacked into [documents, length] blocks, each one call of PyTorch's SDPA.
+  Attention then costs what the documents cost, not what the rows cost (2-4x less on a CPU at the miniature's sizes).
+- `flex`: FlexAttention with a block mask over rows; GPU only (it has no CPU backward).
+
+T slots, R rows, S slots per row, H heads, K head_dim, N documents of a block, L its padded length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from isofusion.data.batch import PackedBatch
+from isofusion.errors import InputError
+from isofusion.model.fused import compute_dtype, regroup
+
+EXECUTIONS = ("dense", "sdpa", "flex")
+
+
+def may_attend(query: dict[str, Any], key: dict[str, Any]) -> Any:
+    """The predicate. `query` and `key` hold broadcastable `doc`, `slot` and `image` (as in PackedBatch) -> bool.
+
+    Images of text slots are -1, and -1 == -1 would leak the future: an image must be >= 0 to be shared.
+    """
+    same_document = (query["doc"] == key["doc"]) & (query["doc"] >= 0)
+    same_image = (query["image"] == key["image"]) & (query["image"] >= 0)
+    return (same_document & ((key["slot"] <= query["slot"]) | same_image)) | (query["slot"] == key["slot"])
+
+
+def rope_phase(position: Tensor, head_dim: int, heads: int, theta: float) -> Tensor:
+    """exp(i * position * theta^(-2j/K)) as complex64 [T, 2H, K/2], spelled out for q and k heads (arXiv 2104.09864)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
+    angle = position.float()[:, None] * theta**-exponent
+    phase = torch.complex(angle.cos(), angle.sin())[:, None, :]
+    if position.device.type == "cpu":  # a full table lets the rotation run as one flat loop
+        return phase.expand(-1, 2 * heads, -1).contiguous()
+    return phase
+
+
+class AttentionPlan:
+    """What every layer shares for one batch: RoPE phases, the mask, and where q, k, v of each slot are placed.
+
+    `gather` i64[T'] says which slot fills each place; `inverse` i64[T] says where each slot went; None = in order.
+    """
+
+    gather: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def __init__(self, phase: Tensor, dtype: torch.dtype) -> None:
+        self.phase = phase
+        self.dtype = dtype
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [T', H, K] in the order of `gather` -> [T, H*K] in slot order."""
+        raise NotImplementedError
+
+
+def _flat(out_NHLK: Tensor) -> Tensor:
+    """[N, H, L, K] -> [N*L, H*K]; a view of what SDPA returns."""
+    n, heads, length, head = out_NHLK.shape
+    return out_NHLK.transpose(1, 2).reshape(n * length, heads * head)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None) -> Tensor:
+    """q, k, v [N*L, H, K] -> [N*L, H*K]."""
+    q, k, v = (x.view(n, x.shape[0] // n if n else 0, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):  # inputs have the plan's dtype already
+        return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+class ImagePlan(AttentionPlan):
+    """Bidirectional inside each image, for the late-fusion encoder: I images of n patches."""
+
+    def __init__(self, phase: Tensor, dtype: torch.dtype, images: int) -> None:
+        super().__init__(phase, dtype)
+        self.images = images
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.images == 0:  # no image in this batch: keep the graph whole without an attention call
+            return (q + k + v).flatten(1)
+        return _sdpa(q, k, v, self.images, None)
+
+
+class DensePlan(AttentionPlan):
+    """Rows with an explicit mask and a float32 softmax."""
+
+    def __init__(self, phase: Tensor, dtype: torch.dtype, batch: PackedBatch) -> None:
+        super().__init__(phase, dtype)
+        self.rows = batch.rows
+        rows = {name: vector.view(batch.rows, batch.row_len) for name, vector in _vectors(batch).items()}
+        query = {name: vector[:, None, :, None] for name, vector in rows.items()}
+        key = {name: vector[:, None, None, :] for name, vector in rows.items()}
+        self.allowed_R1SS = may_attend(query, key)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.float().unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+            return _flat(scores.masked_fill(~self.allowed_R1SS, float("-inf")).softmax(-1) @ v)
+
+
+class DocumentPlan(AttentionPlan):
+    """Documents stacked by length. Padding slots come last and return their own value."""
+
+    def __init__(self, phase: Tensor, dtype: torch.dtype, batch: PackedBatch) -> None:
+        super().__init__(phase, dtype)
+        device = phase.device
+        doc = batch.doc_id.cpu().numpy()
+        image = batch.image_id.cpu().numpy()
+        starts, lengths, padding = _documents(doc, batch.row_len)
+        inverse = np.empty(doc.shape[0], dtype=np.int64)
+        gather: list[np.ndarray] = []
+        self.blocks: list[tuple[int, Tensor]] = []
+        self.sizes: list[int] = []
+        for members, width in _blocks_by_length(lengths, phase.shape[1] // 2):
+            offset_L = np.arange(width, dtype=np.int32)
+            real_NL = offset_L < lengths[members][:, None]
+            slot_NL = starts[members][:, None] + np.where(real_NL, offset_L, 0)
+            inverse[slot_NL[real_NL]] = sum(self.sizes) + np.flatnonzero(real_NL)
+            gather.append(slot_NL.ravel())
+            self.sizes.append(slot_NL.size)
+            side = {  # a filler place belongs to no document, so no real place sees it
+                "doc": np.where(real_NL, 0, -1).astype(np.int8),
+                "image": np.where(real_NL, image[slot_NL], -1),
+                "slot": np.broadcast_to(offset_L, real_NL.shape),
+            }
+            allowed = may_attend(
+                {name: vector[:, None, :, None] for name, vector in side.items()},
+                {name: vector[:, None, None, :] for name, vector in side.items()},
+            )
+            # SDPA turns a bool mask into a float one at every call: do it once per batch
+            mask = torch.from_numpy(np.where(allowed, np.float32(0), np.float32("-inf")))
+            self.blocks.append((len(members), mask.to(device, dtype)))
+        inverse[padding] = sum(self.sizes) + np.arange(padding.size)
+        self.sizes.append(int(padding.size))
+        self.gather = torch.from_numpy(np.concatenate([*gather, padding]).astype(np.int64)).to(device)
+        self.inverse = torch.from_numpy(inverse).to(device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.gather is not None
+        assert self.inverse is not None
+        *values, own = v.split(self.sizes)
+        parts = zip(self.blocks, q.split(self.sizes), k.split(self.sizes), values, strict=False)
+        outs = [_sdpa(q_, k_, v_, n, mask) for (n, mask), q_, k_, v_ in parts]
+        return regroup(torch.cat([*outs, own.flatten(1)]), self.inverse, self.gather)
+
+
+class FlexPlan(AttentionPlan):
+    """FlexAttention over rows. Compiled on GPU; the eager form (forward only) is for tests on a CPU."""
+
+    def __init__(self, phase: Tensor, dtype: torch.dtype, batch: PackedBatch) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        super().__init__(phase, dtype)
+        self.rows = batch.rows
+        vectors, length = _vectors(batch), batch.row_len
+
+        def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            at_query, at_key = row * length + query, row * length + key
+            return may_attend(
+                {name: vector[at_query] for name, vector in vectors.items()},
+                {name: vector[at_key] for name, vector in vectors.items()},
+            )
+
+        self.block_mask = create_block_mask(mask, batch.rows, None, length, length, device=str(phase.device))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (q, k, v))
+        return _flat(_flex(q.device.type)(q, k, v, block_mask=self.block_mask))
+
+
+@lru_cache(maxsize=2)
+def _flex(device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend: Any = flex_attention
+    return torch.compile(attend, dynamic=False) if device == "cuda" else attend
+
+
+def _vectors(batch: PackedBatch) -> dict[str, Tensor]:
+    slot = torch.arange(batch.n_slots, device=batch.doc_id.device)
+    return {"doc": batch.doc_id, "image": batch.image_id, "slot": slot}
+
+
+def _documents(doc: np.ndarray, row_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start and length of each run of one document inside a row, and the padding slots."""
+    edge = np.ones(doc.shape[0], dtype=bool)
+    edge[1:] = doc[1:] != doc[:-1]
+    edge[::row_len] = True
+    starts = np.flatnonzero(edge)
+    lengths = np.diff(np.append(starts, doc.shape[0]))
+    real = doc[starts] >= 0
+    return starts[real], lengths[real], np.flatnonzero(doc < 0)
+
+
+def _blocks_by_length(lengths: np.ndarray, heads: int) -> list[tuple[np.ndarray, int]]:
+    """Split documents into blocks of like length, cheapest in total -> [(document indices, padded length)].
+
+    Cost of a block of n documents padded to L, in scores per head: n L (L + 90) + 60000 / heads, measured for a forward
+    and backward on a CPU (90: the part of SDPA that does not grow with L; 60000: one more call, about 0.2 ms). Exact by
+    dynamic programming over lengths rounded up to 8.
+    """
+    if not lengths.size:
+        return []
+    rounded = -(-lengths // 8) * 8
+    sizes, counts = np.unique(rounded, return_counts=True)
+    total = np.concatenate([[0], np.cumsum(counts)])
+    call = 60000.0 / heads
+    best, cut = [0.0], [0]
+    for end in range(1, sizes.size + 1):
+        width = float(sizes[end - 1])
+        costs = [best[s] + (total[end] - total[s]) * width * (width + 90.0) + call for s in range(end)]
+        cut.append(int(np.argmin(costs)))
+        best.append(float(min(costs)))
+    blocks, end = [], int(sizes.size)
+    while end > 0:
+        start = cut[end]
+        width = int(sizes[end - 1])
+        members = np.flatnonzero((rounded > (sizes[start - 1] if start else 0)) & (rounded <= width))
+        blocks.append((members, int(lengths[members].max())))
+        end = start
+    return blocks
+
+
+def make_plan(execution: str, batch: PackedBatch, head_dim: int, heads: int, theta: float) -> AttentionPlan:
+    """The plan of a torch batch; `execution` is one of EXECUTIONS or "auto" (flex on CUDA, else sdpa)."""
+    device = batch.doc_id.device
+    if execution == "auto":
+        execution = "flex" if device.type == "cuda" else "sdpa"
+    if execution not in EXECUTIONS:
+        raise InputError(f'attention "{execution}" is unknown; choose one of {", ".join(EXECUTIONS)} or auto')
+    phase = rope_phase(batch.position, head_dim, heads, theta)
+    kind = {"dense": DensePlan, "sdpa": DocumentPlan, "flex": FlexPlan}[execution]
+    return kind(phase, _attention_dtype(device), batch)
+
+
+def image_plan(images: int, patches: int, head_dim: int, heads: int, theta: float, device: torch.device) -> ImagePlan:
+    """The encoder's plan: RoPE runs over the patch index inside each image."""
+    phase = rope_phase(torch.arange(patches, device=device), head_dim, heads, theta)
+    return ImagePlan(phase.repeat(images, 1, 1), _attention_dtype(device), images)
+
+
+def _attention_dtype(device: torch.device) -> torch.dtype:
+    """On CPUs SDPA is 1.5-4x slower in bfloat16 than in float32 at these lengths, so it stays in float32 there."""
+    return torch.float32 if device.type == "cpu" else compute_dtype(device)

@@ -1,0 +1,120 @@
+"""The model every arm shares: one decoder, with an early or a late image front end (DESIGN.md section 3).
+
+Early fusion: patches -> one linear layer -> their slots. Late: patches -> ViT -> linear connector -> their slots.
+Loss is next-token prediction on text only, so the head runs only at slots that have a target (arXiv 2504.07951, 2.3).
+
+T slots, D width, V vocabulary, P patches, n slots with a target
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from isofusion.config import ModelConfig
+from isofusion.data.batch import PackedBatch
+from isofusion.errors import InputError
+from isofusion.model.attention import make_plan
+from isofusion.model.block import Block
+from isofusion.model.experts import SlotPlan
+from isofusion.model.layers import Embedding, Linear, RMSNorm
+from isofusion.model.vision import VisionEncoder, normalise_patches
+
+HEAD_CHUNK = 2**24
+"""Most logits (slots x vocabulary) held at once; 64 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """`hidden_TD` after the final norm; `balance_loss` float32 scalar, mean over expert layers (0 for dense models);
+    `routing` i64 [depth, 2, E]: (token, choice) pairs each expert got, text then image, padding excluded (None: dense).
+    """
+
+    hidden_TD: Tensor
+    balance_loss: Tensor
+    routing: Tensor | None
+
+
+class Decoder(nn.Module):
+    """Reads a torch PackedBatch. `attention` is "auto", "dense", "sdpa" or "flex" (see attention.py).
+
+    Parameters are NaN until `init_weights` or a checkpoint sets them.
+    """
+
+    def __init__(self, cfg: ModelConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.execution = attention
+        self.embed = Embedding(cfg.vocab_size, cfg.width)
+        self.patch: Linear | None = None
+        self.encoder: VisionEncoder | None = None
+        self.connector: Linear | None = None
+        if cfg.fusion == "late":
+            assert cfg.encoder_width is not None
+            self.encoder = VisionEncoder(cfg)
+            self.connector = Linear(cfg.encoder_width, cfg.width)
+        else:
+            self.patch = Linear(cfg.patch_dim, cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg, cfg.width, cfg.head_dim, cfg.n_experts > 0) for _ in range(cfg.depth))
+        self.final_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.head = Linear(cfg.width, cfg.vocab_size)
+        self.logit_scale = cfg.base_width / cfg.width if cfg.base_width else 1.0  # muP's output multiplier
+
+    def see(self, batch: PackedBatch) -> Tensor:
+        """uint8 patches -> float32 [P, D], what their slots hold."""
+        if batch.patches.shape[0] and batch.patches.shape[1] != self.cfg.patch_dim:
+            raise InputError(
+                f"patches have {batch.patches.shape[1]} values; "
+                f"patch_size {self.cfg.patch_size} needs {self.cfg.patch_dim}"
+            )
+        patches = batch.patches.reshape(batch.patches.shape[0], self.cfg.patch_dim)
+        if self.encoder is not None and self.connector is not None:
+            return self.connector(self.encoder(patches, batch.patches_per_image)).float()
+        assert self.patch is not None
+        return self.patch(normalise_patches(patches)).float()
+
+    def forward(self, batch: PackedBatch) -> ModelOutput:
+        cfg = self.cfg
+        plan = make_plan(self.execution, batch, cfg.head_dim, cfg.n_heads, cfg.rope_theta)
+        slots = SlotPlan.of(batch) if cfg.n_experts else None
+        x_TD = self.embed(batch.token_ids).index_copy(0, batch.patch_slot, self.see(batch))
+        losses, counts = [], []
+        for block in self.blocks:
+            x_TD, routed = block(x_TD, plan, slots)
+            if routed is not None:
+                losses.append(routed.balance_loss)
+                counts.append(routed.counts_ME)
+        balance = torch.stack(losses).mean() if losses else x_TD.new_zeros(())
+        return ModelOutput(self.final_norm(x_TD), balance, torch.stack(counts) if counts else None)
+
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """[n, D] -> float32 [n, V]. On a CPU the product itself is float32, whatever autocast says."""
+        if hidden_nD.device.type == "cuda":
+            return self.head(hidden_nD * self.logit_scale).float()
+        with torch.autocast(hidden_nD.device.type, enabled=False):
+            return self.head(hidden_nD.float() * self.logit_scale)
+
+    def token_losses(self, batch: PackedBatch) -> tuple[Tensor, ModelOutput]:
+        """Negative log-likelihood of each slot's target in nats, float32 [T], 0 where there is none."""
+        output = self(batch)
+        at_n = (batch.targets >= 0).nonzero().squeeze(1)
+        hidden_nD = output.hidden_TD.index_select(0, at_n)
+        nll_n = self._nll(hidden_nD, batch.targets.index_select(0, at_n))
+        nll_T = torch.zeros(batch.targets.shape, device=nll_n.device).index_copy(0, at_n, nll_n)
+        return nll_T, output
+
+    def _nll(self, hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
+        step = max(1, HEAD_CHUNK // self.cfg.vocab_size)
+        if hidden_nD.shape[0] <= step:
+            return F.cross_entropy(self.logits(hidden_nD), targets_n, reduction="none")
+
+        def piece(hidden: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+        # logits of one chunk live at a time; the backward pass computes them again
+        pieces = zip(hidden_nD.split(step), targets_n.split(step), strict=True)
+        return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])

@@ -1,0 +1,177 @@
+"""Hand-written forward and backward of the element-wise parts of a block: RMSNorm, QK-norm + RoPE, SwiGLU, permutation.
+
+At the widths of the miniature studies (16-128 features) a block's matrix products take less time than its element-wise
+operations, so their number is what sets tokens/s on a CPU. Each function below replaces 5-15 recorded operations by
+the passes it really needs. Maths: RMSNorm (arXiv 1910.07467), SwiGLU (arXiv 2002.05202), RoPE (arXiv 2104.09864,
+adjacent features form a pair, so that a rotation is one complex product).
+
+T slots, D width, H heads, K head_dim, F feed-forward hidden
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The precision matrix products run in: autocast's where it is on, else float32."""
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.float32
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, gain_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        width = x_TD.shape[-1]
+        inverse_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
+        unit_TD = x_TD * inverse_T1
+        ctx.save_for_backward(unit_TD, inverse_T1, gain_D)
+        return torch.mul(unit_TD, gain_D, out=torch.empty_like(unit_TD, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        unit_TD, inverse_T1, gain_D = ctx.saved_tensors
+        grad_TD = grad_TD.float()
+        product_TD = grad_TD * unit_TD
+        along_T1 = (product_TD @ gain_D).div_(-unit_TD.shape[-1]).unsqueeze(-1)
+        grad_x_TD = (grad_TD * gain_D).addcmul_(unit_TD, along_T1).mul_(inverse_T1)
+        return grad_x_TD, product_TD.sum(0), None, None
+
+
+def rms_norm(x_TD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    """`gain * x / sqrt(mean(x^2) + eps)` of float32 x, written in the precision of the product that follows."""
+    return _RMSNorm.apply(x_TD, gain_D, eps, compute_dtype(x_TD.device))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_TF: Tensor) -> Tensor:
+        gate, up = gate_up_TF.chunk(2, dim=-1)
+        silu = torch.nn.functional.silu(gate)
+        # on a CPU the exponential costs more than the memory; on a GPU it is the other way round
+        ctx.save_for_backward(gate_up_TF, silu if gate.device.type == "cpu" else None)
+        return silu * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TF: Tensor) -> Tensor:
+        gate_up_TF, silu = ctx.saved_tensors
+        gate, up = gate_up_TF.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up_TF)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        torch.mul(grad_TF, torch.nn.functional.silu(gate) if silu is None else silu, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_TF * up, gate, grad_input=grad_gate)
+        return grad
+
+
+def swiglu(gate_up_TF: Tensor) -> Tensor:
+    """`silu(gate) * up` of [T, 2F] holding the gate, then the up projection -> [T, F]."""
+    return _SwiGLU.apply(gate_up_TF)
+
+
+def _rotate(x_THK: Tensor, phase: Tensor, sign: float) -> Tensor:
+    """Turn each pair of adjacent features by `sign` times its angle; float32."""
+    if x_THK.device.type == "cpu":
+        turn = phase if sign > 0 else phase.conj()
+        return torch.view_as_real(torch.view_as_complex(x_THK.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    cos, sin = torch.view_as_real(phase).unbind(-1)
+    even, odd = x_THK.unflatten(-1, (-1, 2)).unbind(-1)
+    sin = sin * sign
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+
+class _HeadsOf(torch.autograd.Function):
+    """[T, 3D] of the fused projection -> normalised, rotated, regrouped q, k and regrouped v, each [T', H, K]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        gain_q: Tensor,
+        gain_k: Tensor,
+        phase: Tensor,
+        gather: Tensor | None,
+        inverse: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = gain_q.shape[0]
+        slots, heads = qkv.shape[0], qkv.shape[1] // (3 * head)
+        split = 2 * heads * head
+        qk = qkv[:, :split].float().unflatten(-1, (2 * heads, head))
+        scale = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().div_(head).add_(eps).rsqrt_()
+        unit = qk * scale
+        gain = torch.cat((gain_q.repeat(heads), gain_k.repeat(heads)))
+        turned = _rotate((unit.flatten(1) * gain).view(slots, 2 * heads, head), phase, 1.0).to(dtype)
+        parts = (turned[:, :heads], turned[:, heads:], qkv[:, split:].unflatten(-1, (heads, head)).to(dtype))
+        ctx.save_for_backward(unit, scale, gain, phase, inverse)
+        ctx.heads, ctx.dtype = heads, qkv.dtype
+        if gather is None:
+            return tuple(part.contiguous() for part in parts)  # type: ignore[return-value]
+        return tuple(part.index_select(0, gather) for part in parts)  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        unit, scale, gain, phase, inverse = ctx.saved_tensors
+        slots, twice, head = unit.shape
+        heads = ctx.heads
+        if inverse is not None:
+            grads = tuple(grad.index_select(0, inverse) for grad in grads)
+        grad_q, grad_k, grad_v = grads
+        grad = _rotate(torch.cat((grad_q, grad_k), 1).float(), phase, -1.0)
+        product = grad * unit
+        grad_gain = product.sum(0).view(2, heads, head).sum(1)
+        weight = gain.view(twice, head)
+        along = (product.mul_(weight)).sum(-1, keepdim=True).div_(-head)
+        grad_qk = (grad * weight).addcmul_(unit, along).mul_(scale)
+        grad_qkv = torch.empty(slots, 3 * heads * head, dtype=ctx.dtype, device=unit.device)
+        grad_qkv[:, : twice * head] = grad_qk.flatten(1)
+        grad_qkv[:, twice * head :] = grad_v.flatten(1)
+        return grad_qkv, grad_gain[0], grad_gain[1], None, None, None, None, None
+
+
+def heads_of(
+    qkv: Tensor,
+    gain_q: Tensor,
+    gain_k: Tensor,
+    phase: Tensor,
+    gather: Tensor | None,
+    inverse: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """QK-norm per head and RoPE on a fused projection; see `attention.AttentionPlan` for the two index vectors.
+
+    qkv [T, 3D] (q, k, v, head after head), gains [K], phase complex [T, 2H, K/2] (or broadcastable).
+    Returns q, k, v of shape [T', H, K] in `dtype`; T' = len(gather), or T where there is none. `inverse` must point
+    every slot to its own place in `gather`: rows that `gather` merely repeats are dropped by the gradient.
+    """
+    return _HeadsOf.apply(qkv, gain_q, gain_k, phase, gather, inverse, eps, dtype)
+
+
+class _Regroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, take: Tensor, give: Tensor) -> Tensor:
+        ctx.save_for_backward(give)
+        return x.index_select(0, take)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def regroup(x: Tensor, take: Tensor, give: Tensor) -> Tensor:
+    """`x[take]`, whose gradient is `grad[give]`: a gather both ways instead of a scatter.
+
+    Right only where rows of x that `take` leaves out influence nothing but themselves (padding of a document's block).
+    """
+    return _Regroup.apply(x, take, give)

@@ -1,0 +1,44 @@
+"""Vega-Lite specification -> SVG and PNG through vl-convert: no browser, no network, fonts that come with it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import altair as alt
+import vl_convert as vlc
+
+_VERSION = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+_count = itertools.count()
+
+
+def svg(spec: dict[str, Any]) -> str:
+    """The drawing as a standalone SVG file's text."""
+    text: str = vlc.vegalite_to_svg(spec, vl_version=_VERSION)
+    return text
+
+
+def png(drawing: str, scale: float = 2.0) -> bytes:
+    """A drawn SVG at `scale` pixels per CSS pixel."""
+    data: bytes = vlc.svg_to_png(drawing, scale=scale)
+    return data
+
+
+def inline(text: str, label: str) -> str:
+    """An SVG file's text made fit to stand inside a page: ids of its own, width that follows the column, a label."""
+    prefix = f"f{next(_count)}-"
+    text = re.sub(r"<\?xml[^>]*\?>|<!DOCTYPE[^>]*>", "", text).strip()
+    text = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{prefix}{m[1]}"', text)
+    text = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{prefix}{m[1]})", text)
+    text = re.sub(r'xlink:href="#([^"]+)"', lambda m: f'xlink:href="#{prefix}{m[1]}"', text)
+    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)  # hundredths of a pixel are enough
+    head = re.match(r"<svg\b[^>]*>", text)
+    if not head:
+        return text
+    width = re.search(r'\bwidth="([\d.]+)"', head[0])
+    size = f' style="max-width:{float(width[1]):.0f}px"' if width else ""
+    opening = re.sub(r'\s(width|height)="[^"]*"', "", head[0])
+    opening = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", opening)  # a page's inline SVG needs none
+    opening = opening.replace("<svg", f'<svg role="img" aria-label="{label}"{size}', 1)
+    return opening + text[head.end() :]

@@ -1,0 +1,160 @@
+"""One look for every figure: palette per arm, log axes in powers of ten, wide and narrow layouts.
+
+Colours are Okabe and Ito's colour-blind-safe set ("Color Universal Design", 2008); an arm keeps its colour, point shape
+and dash in every figure, so that a figure also reads in grey.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+FONT = "Arial, 'Liberation Sans', Helvetica, sans-serif"
+INK = "#1f2328"
+MUTED = "#6b7178"
+GRID = "#e7e8ea"
+TEXT_COLOUR = "#7b8794"  # text tokens, where a figure separates modalities
+IMAGE_COLOUR = "#E69F00"  # image tokens
+ORACLE_COLOUR = "#000000"
+
+_KNOWN = {"early": 0, "late": 1, "early-moe": 2, "early-moe-routed": 3, "late-moe": 4}
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#333333")
+_SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
+_DASHES = ([1, 0], [7, 3], [2, 2], [8, 2, 2, 2], [4, 4], [10, 3], [1, 3], [5, 1])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Space a figure may use. `width` is the whole drawing in CSS pixels, `columns` the most panels side by side."""
+
+    name: str
+    width: int
+    columns: int
+    font: int
+
+    def panel(self, panels: int, margin: int = 62) -> tuple[int, int]:
+        """Panels per line and the width of one panel, axis labels taken off."""
+        columns = max(1, min(self.columns, panels))
+        return columns, int(self.width / columns - margin)
+
+
+WIDE = Layout("wide", width=900, columns=4, font=11)
+NARROW = Layout("narrow", width=350, columns=1, font=11)
+
+
+def arm_styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, shape and dash of each arm: fixed for the usual names, the free slots in order for others."""
+    taken = {_KNOWN[arm] for arm in arms if arm in _KNOWN}
+    free = [slot for slot in range(len(_COLOURS)) if slot not in taken]
+    styles = {}
+    for arm in arms:
+        slot = _KNOWN[arm] if arm in _KNOWN else (free.pop(0) if free else len(_COLOURS) - 1)
+        styles[arm] = {"colour": _COLOURS[slot], "shape": _SHAPES[slot], "dash": list(_DASHES[slot])}
+    return styles
+
+
+def arm_colour(arms: Sequence[str], legend: bool = True) -> alt.Color:
+    styles = arm_styles(arms)
+    scale = alt.Scale(domain=list(arms), range=[styles[a]["colour"] for a in arms])
+    return alt.Color("arm:N", scale=scale, legend=_legend() if legend and len(arms) > 1 else None, title=None)
+
+
+def arm_shape(arms: Sequence[str], legend: bool = True) -> alt.Shape:
+    styles = arm_styles(arms)
+    scale = alt.Scale(domain=list(arms), range=[styles[a]["shape"] for a in arms])
+    return alt.Shape("arm:N", scale=scale, legend=_legend() if legend and len(arms) > 1 else None, title=None)
+
+
+def arm_dash(arms: Sequence[str]) -> alt.StrokeDash:
+    styles = arm_styles(arms)
+    scale = alt.Scale(domain=list(arms), range=[styles[a]["dash"] for a in arms])
+    return alt.StrokeDash("arm:N", scale=scale, legend=None)
+
+
+def _legend() -> alt.Legend:
+    return alt.Legend(orient="top", direction="horizontal", title=None, columns=2, symbolSize=70, symbolOpacity=1)
+
+
+def superscript(value: int) -> str:
+    return str(value).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _power_label() -> str:
+    """Vega expression: 10^x, or m·10^x where the tick is not a whole power."""
+    digits = "toString(floor(log(datum.value) / LN10 + 1e-9))"
+    for plain, raised in zip("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹", strict=True):
+        digits = f"replace({digits}, regexp('{plain}', 'g'), '{raised}')"
+    mantissa = "round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))"
+    return f"({mantissa} == 1 ? '' : {mantissa} + '·') + '10' + {digits}"
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Whole powers of ten; with 2 and 5 between them where fewer than two powers would show."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    whole = [10.0**k for k in decades if low <= 10.0**k <= high]
+    if len(whole) >= 3:
+        return whole[:: max(1, math.ceil(len(whole) / 7))]
+    found: list[float] = []
+    for steps in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        found = [m * 10.0**k for k in decades for m in steps if low <= m * 10.0**k <= high]
+        if len(found) >= 3:
+            break
+    return found
+
+
+def log_domain(values: Iterable[float], pad: float = 0.05) -> tuple[float, float]:
+    """Ends of a log axis around the positive finite values, a little wider than they are."""
+    good = [v for v in values if v is not None and math.isfinite(v) and v > 0]
+    if not good:
+        return 1.0, 10.0
+    low, high = math.log10(min(good)), math.log10(max(good))
+    space = max((high - low) * pad, 0.05)
+    return 10 ** (low - space), 10 ** (high + space)
+
+
+def log_axis(values: Iterable[float], title: str, pad: float = 0.05, plain: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a log x or y encoding: scale, axis and title, ticks labelled 10^x (or as plain numbers)."""
+    low, high = log_domain(values, pad)
+    label = "format(datum.value, '~g')" if plain else _power_label()
+    axis = alt.Axis(values=log_ticks(low, high), labelExpr=label, labelFlush=False, labelOverlap=True)
+    return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
+
+
+def linear_axis(values: Iterable[float], title: str, zero: bool = False, pad: float = 0.06, ticks: int = 5) -> dict[str, Any]:
+    good = [v for v in values if v is not None and math.isfinite(v)]
+    low, high = (min(good), max(good)) if good else (0.0, 1.0)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    space = (high - low) * pad or 0.05
+    domain = [low - space, high + space]
+    return {"scale": alt.Scale(domain=domain, nice=False, zero=False), "axis": alt.Axis(tickCount=ticks), "title": title}
+
+
+def themed(chart: Any, layout: Layout) -> dict[str, Any]:
+    """The finished Vega-Lite specification: quiet axes, thin grid, no frame."""
+    size = layout.font
+    done = (
+        chart.configure(font=FONT, background="#ffffff", padding=4)
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelFontSize=size,
+            titleFontSize=size,
+            titleFontWeight="normal",
+            labelColor=INK,
+            titleColor=INK,
+            gridColor=GRID,
+            domainColor="#9aa0a6",
+            tickColor="#9aa0a6",
+            tickSize=4,
+        )
+        .configure_legend(labelFontSize=size, titleFontSize=size, labelColor=INK, titleFontWeight="normal", labelLimit=220)
+        .configure_title(fontSize=size + 1, fontWeight="bold", color=INK, anchor="start", offset=6)
+        .configure_header(labelFontSize=size + 1, titleFontSize=size, labelColor=INK)
+        .configure_concat(spacing=18)
+    )
+    spec: dict[str, Any] = done.to_dict(validate=False)
+    return spec

@@ -1,0 +1,341 @@
+"""The tables and lists of the page, as HTML fragments."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from isofusion.report.figures import NAMES
+from isofusion.report.style import arm_styles
+from isofusion.report.words import DASH, duration, fixed, interval, listed, percent, power, si
+
+Analysis = dict[str, Any]
+esc = html.escape
+
+
+class Html(str):
+    """A cell that is already HTML."""
+
+    __slots__ = ()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    """An HTML table; the first column and those in `left` are aligned left. Cells are escaped unless Html."""
+    if not rows:
+        return ""
+
+    def cell(tag: str, i: int, value: str) -> str:
+        mark = ' class="l"' if i in left else ""
+        return f"<{tag}{mark}>{value if isinstance(value, Html) else esc(str(value))}</{tag}>"
+
+    top = "".join(cell("th", i, value) for i, value in enumerate(head))
+    body = "".join("<tr>" + "".join(cell("td", i, v) for i, v in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def arm_cell(a: Analysis, arm: str) -> Html:
+    colour = arm_styles(a["study"]["arms"])[arm]["colour"]
+    return Html(f'<span class="dot" style="background:{colour}"></span>{esc(arm)}')
+
+
+def with_interval(value: str, pair: Any, how: Any) -> Html:
+    if not pair or pair[0] is None:
+        return Html(esc(value))
+    return Html(f'{esc(value)} <span class="iv">{esc(interval(pair, how=how))}</span>')
+
+
+def warnings(a: Analysis) -> str:
+    if not a["warnings"]:
+        return "<h2>Warnings</h2><p>None.</p>"
+    items = []
+    for w in a["warnings"]:
+        shown = [f"{esc(_where(a, i['where']))}: {esc(i['text'])}" for i in w["items"]]
+        first = shown[0]
+        more = "".join(f"<li>{line}</li>" for line in shown[1:])
+        rest = f"<details><summary>and {len(shown) - 1} more</summary><ul>{more}</ul></details>" if more else ""
+        items.append(f"<li><b>{esc(w['code'])}</b> {first}{rest}</li>")
+    return f'<h2>Warnings</h2><ul class="warn">{"".join(items)}</ul>'
+
+
+def _where(a: Analysis, where: list[str]) -> str:
+    fits = len(a["study"]["arms"]) * len(a["study"]["domains"])
+    if len(where) == fits and fits > 1:
+        return "every arm and domain"
+    if len(where) > 4:
+        return f"{listed(where[:3])} and {len(where) - 3} more"
+    return listed(where)
+
+
+def answer(a: Analysis) -> str:
+    """The arms ranked at the largest common budget and at ten times that."""
+    parts = []
+    for key, title in (("ref", "At the largest budget every arm reached"), ("ten", "At ten times that (extrapolated)")):
+        ranked = a["answer"][key]
+        if not ranked:
+            continue
+        rows = []
+        for r in ranked["arms"]:
+            gap = with_interval(fixed(r["gap"], sign=True), r["gap_interval"], lambda v: fixed(v))
+            rows.append(
+                [
+                    arm_cell(a, r["arm"]),
+                    with_interval(fixed(r["loss"]), r["loss_interval"], lambda v: fixed(v)),
+                    gap if r["gap_interval"] else "best",
+                    percent(r["p_best"], 0) if len(ranked["arms"]) > 1 else DASH,
+                    with_interval(si(r["n"]), r["n_interval"], si),
+                    with_interval(si(r["d"]), r["d_interval"], si),
+                    with_interval(f"{r['ratio']:.3g}", r["ratio_interval"], lambda v: f"{v:.3g}"),
+                    "yes" if r["extrapolated"] else "no",
+                ]
+            )
+        head = ["arm", "loss, nats/token", "behind the best", "best in draws", "N*", "D*, tokens", "D*/N*", "outside the runs"]
+        parts.append(f"<h3>{esc(title)}: {esc(power(ranked['c']))} FLOPs</h3>{table(head, rows)}")
+    return "".join(parts)
+
+
+def laws(a: Analysis) -> str:
+    """Parameters and exponents of every fit."""
+    rows = []
+    for arm, by_domain in a["fits"].items():
+        for domain, f in by_domain.items():
+            name = NAMES.get(domain, domain)
+            p = f.get("power") or {}
+            k, c = (f"{p['k']:.3g}", fixed(p["c"], 4)) if p.get("ok") else (DASH, DASH)
+            if not f.get("ok"):
+                reason = DASH if domain == "mean" else "no law"
+                rows.append([arm_cell(a, arm), name, reason, *[DASH] * 6, k, c, DASH])
+                continue
+            iv = f["interval"]
+            show = [with_interval(fixed(f[q]), iv[q], lambda v: fixed(v)) for q in ("E", "alpha", "beta", "a", "b", "d")]
+            reg = f.get("regression")
+            slopes = f"{fixed(reg['a'])}, {fixed(reg['b'])}, {fixed(reg['d'])}" if reg else DASH
+            rows.append([arm_cell(a, arm), name, *show, slopes, k, c, percent(f["share_at_bound"])])
+    head = ["arm", "domain", "E", "α", "β", "a", "b", "d", "a, b, d by regression", "k", "c", "draws at a bound"]
+    note = (
+        "L = E + A/N^α + B/D^β per domain; a, b, d in closed form for C ∝ ND and by regression on the FLOPs really spent; "
+        "L = k·C^c through the lower envelope. The mean over domains is not fitted as a law of its own."
+    )
+    missing = [f"{arm} / {d}: {f['reason']}" for arm, by in a["fits"].items() for d, f in by.items() if d != "mean" and not f.get("ok")]
+    failed = "".join(f"<li>{esc(m)}</li>" for m in missing)
+    lists = f"<p>Without a law:</p><ul>{failed}</ul>" if failed else ""
+    more = _irreducible(a)
+    return f"<h3>The laws</h3>{table(head, rows, left=(1,))}<p>{esc(note)}</p>{lists}{more}"
+
+
+def _irreducible(a: Analysis) -> str:
+    rows = []
+    for arm, by_domain in a["fits"].items():
+        for domain, f in by_domain.items():
+            if not f.get("ok") or f.get("oracle") is None:
+                continue
+            low, high = f["interval"]["E"]
+            inside = "inside" if low <= f["oracle"] <= high else "outside"
+            rows.append(
+                [
+                    arm_cell(a, arm),
+                    NAMES[domain],
+                    fixed(f["E"]),
+                    fixed(f["oracle"]),
+                    fixed(f["E"] - f["oracle"], sign=True),
+                    fixed(high - low),
+                    inside,
+                ]
+            )
+    head = ["arm", "domain", "fitted E", "oracle entropy", "bias", "width of the interval", "oracle in the interval"]
+    return f"<details><summary>Fitted irreducible loss against the oracle entropy</summary>{table(head, rows, left=(1,))}</details>" if rows else ""
+
+
+def after(name: str, a: Analysis) -> str:
+    """The table that belongs under a figure, if any."""
+    if name == "differences":
+        return _differences(a)
+    if name == "predicted-against-observed":
+        return _holdout(a)
+    if name == "loss-by-class":
+        return _classes(a)
+    if name == "image-use":
+        return _image(a)
+    return ""
+
+
+def _differences(a: Analysis) -> str:
+    rows = []
+    for pair in a["differences"]:
+        for domain in [*a["study"]["domains"], "mean"]:
+            at, run = pair["at_ref"].get(domain), pair["overall"].get(domain)
+            rows.append(
+                [
+                    pair["label"],
+                    NAMES[domain],
+                    with_interval(fixed(at["diff"], sign=True), (at["lo"], at["hi"]), lambda v: fixed(v)) if at else DASH,
+                    _says(pair, at),
+                    with_interval(fixed(run["diff"], sign=True), (run["lo"], run["hi"]), lambda v: fixed(v)) if run else DASH,
+                    _says(pair, run),
+                    str(run["pairs"]) if run else "0",
+                ]
+            )
+    ref = power(a["study"]["c_ref"])
+    head = ["difference", "loss", f"laws at {ref} FLOPs", "so", "matched runs", "so", "pairs"]
+    return f"<details><summary>All differences, nats/token</summary>{table(head, rows, left=(1, 3, 5))}</details>" if rows else ""
+
+
+def _says(pair: dict[str, Any], entry: dict[str, Any] | None) -> str:
+    if not entry:
+        return DASH
+    return {"lower": f"{pair['first']} better", "higher": f"{pair['second']} better"}.get(entry["verdict"], "cannot say")
+
+
+def _holdout(a: Analysis) -> str:
+    rows, runs = [], []
+    for arm, by_domain in a["holdout"].items():
+        for domain, h in by_domain.items():
+            if not h.get("ok"):
+                rows.append([arm_cell(a, arm), NAMES[domain], "not possible", *[DASH] * 7])
+                continue
+            loo = h.get("leave_one_size_out") or {}
+            drop = [loo.get("ratio_without_n"), loo.get("ratio_without_d")]
+            rows.append(
+                [
+                    arm_cell(a, arm),
+                    NAMES[domain],
+                    h["size"],
+                    percent(h["error_reducible"]),
+                    percent(h["carry_error_reducible"]),
+                    percent(h["power_law_error_reducible"]),
+                    percent(h["error"], 2),
+                    percent(h["hit_rate"], 0),
+                    {True: "yes", False: "NO", None: DASH}[h["beats_carry"]],
+                    " / ".join(f"{v:.1f}×" if v else DASH for v in drop),
+                ]
+            )
+            runs += [
+                [arm_cell(a, arm), NAMES[domain], si(p["d"]), fixed(p["observed"]), with_interval(fixed(p["predicted"]), (p["low"], p["high"]), lambda v: fixed(v))]
+                for p in h["points"]
+            ]
+    if not rows:
+        return ""
+    head = [
+        "arm",
+        "domain",
+        "held out",
+        "error, reducible",
+        "next size carried over",
+        "k·C^c",
+        "error, loss",
+        "in the 95 % range",
+        "beats carry-over",
+        "without N / D term",
+    ]
+    noise = _noise(a)
+    detail = table(["arm", "domain", "D, tokens", "observed", "predicted"], runs, left=(1,))
+    more = f"<details><summary>Held-out runs one by one</summary>{detail}</details>" if runs else ""
+    return f"<h3>Hold-out</h3>{table(head, rows, left=(1, 2))}{more}{noise}"
+
+
+def _noise(a: Analysis) -> str:
+    rows = []
+    for domain, n in a["noise"].items():
+        groups = f"{n['groups']} groups, {n['freedom']} d.f." if n["groups"] else "no repeated seed"
+        rows.append([NAMES[domain], fixed(n.get("sd"), 4), groups, fixed(n.get("residual_sd"), 4), f"{n['ratio']:.2f}" if n.get("ratio") else DASH])
+    head = ["domain", "spread over seeds", "from", "residual of the laws", "ratio"]
+    return f"<h3>Noise floor, nats/token</h3>{table(head, rows, left=(2,))}" if rows else ""
+
+
+def _classes(a: Analysis) -> str:
+    rows = [
+        [
+            arm_cell(a, r["arm"]),
+            NAMES[r["domain"]],
+            r["label"],
+            *(fixed(r[k]) for k in ("loss", "se", "oracle", "bound", "chance", "blind", "shuffled")),
+            f"{r['targets']:.0f}" if r["targets"] else DASH,
+        ]
+        for r in sorted(a["classes"], key=lambda r: (r["domain"], r["class"] is not None, r["label"]))
+    ]
+    head = ["arm", "domain", "targets", "loss", "s.e.", "oracle", "learner's bound", "chance", "no image", "another image", "count"]
+    compare = [
+        [
+            f"{r['first']} − {r['second']}",
+            r["class"],
+            with_interval(fixed(r["diff"], sign=True), (r["lo"], r["hi"]), lambda v: fixed(v)),
+            str(r["trunks"]),
+            {"lower": f"{r['first']} better", "higher": f"{r['second']} better"}.get(r["verdict"], "cannot say"),
+        ]
+        for r in a["fusion_compare"]
+    ]
+    more = table(["difference", "targets", "nats/token", "trunks", "so"], compare, left=(1, 4))
+    fusion = f"<details><summary>Fusion targets, arm against arm (paired by size, seed and budget)</summary>{more}</details>" if more else ""
+    listing = table(head, rows, left=(1, 2))
+    return fusion + (f"<details><summary>All classes, largest run of each arm</summary>{listing}</details>" if listing else "")
+
+
+def _image(a: Analysis) -> str:
+    rows = []
+    for r in a["image_use"]:
+        cells = [arm_cell(a, r["arm"]), NAMES[r["domain"]], fixed(r["true"]), fixed(r["shuffled"]), fixed(r["blind"])]
+        for kind in ("shuffled", "blind"):
+            d = r.get(f"d_{kind}")
+            cells += [with_interval(fixed(d["diff"], sign=True), (d["lo"], d["hi"]), lambda v: fixed(v)), fixed(d["t"], 1)] if d else [DASH, DASH]
+        rows.append([*cells, str(r["docs"])])
+    head = ["arm", "domain", "true", "another image", "no image", "another − true", "t", "no image − true", "t", "documents"]
+    return table(head, rows, left=(1,))
+
+
+def methods(a: Analysis) -> str:
+    """Data, mixture, training, seeds, lock, versions, cost, and how to do it again."""
+    m, s = a["methods"], a["study"]
+    pairs: list[tuple[str, str]] = []
+
+    def add(name: str, value: str | None) -> None:
+        pairs.append((name, value if value else "not known"))
+
+    if s["description"]:
+        add("Study", s["description"])
+    if s["assumed"]:
+        add("Assumed", s["assumed"])
+    weights = sum(x.get("weight", 0) or 0 for x in m["sources"])
+    mix = [f"{x['name']} {percent(x['share_rows'] if x.get('share_rows') is not None else (x.get('weight') or 0) / (weights or 1), 0)}" for x in m["sources"] if x.get("name")]
+    add("Mixture (rows)", ", ".join(mix))
+    add("Data fingerprint", m["fingerprint"])
+    if m["world"]:
+        add("World", ", ".join(f"{k} {v}" for k, v in m["world"].items()))
+    repeated = [f"{x['name']} {x['epochs']:.1f}" for x in m["sources"] if x.get("epochs")]
+    add("Epochs (longest run)", ", ".join(repeated) if repeated else "no source repeats (endless)" if s["world"] else None)
+    add("Packing", f"rows of {m['row_len']} slots, images {m['image_size']} px in patches of {m['patch_size']}, tokenizer {m['tokenizer']}" if m["row_len"] else None)
+    t = m["train"]
+    if t:
+        decay = f"AdamW, peak learning rate {t.get('lr')}, {t.get('rows_per_step')} rows a step, warm-up {t.get('warmup_steps')} steps, cool-down {percent(t.get('cooldown_share'), 0)} ({t.get('cooldown_shape')}), clip {t.get('clip')}"
+        add("Training (longest run)", f"{decay}, {m['precision'] or t.get('precision')}")
+    add("Tokens trained", f"{si(m['tokens_trained'])} in all, {power(m['flops_trained'])} FLOPs (trunks counted once)" if m["tokens_trained"] else None)
+    add("Cost", f"{duration(m['seconds'])} of training summed over jobs; {m['jobs']} jobs × {m['threads']} threads" if m["seconds"] else None)
+    add("Seeds", f"{', '.join(map(str, m['seeds']))}; {m['runs_with_seeds']} branches repeat another seed")
+    add("Tuning", "; ".join(f"{arm}: {t['verdict']} ({t['detail']})" for arm, t in a["tuning"].items()))
+    planned = f" of {m['planned']} planned" if m["planned"] else ""
+    left_out = f"; left out: {', '.join(m['excluded'])}" if m["excluded"] else ""
+    add("Runs", f"{m['finished']} finished branches{planned}, {m['tuning_runs']} of them tuning runs{left_out}")
+    add("Compute axis", f"{s['compute_label']}; N: total parameters, active ones for experts; D: text and image tokens, no padding")
+    add("Hold-out, metric", f"{m['holdout']}; {m['metric']}" if m["metric"] else None)
+    locked = f"{m['locked_at']}, digest {m['lock_digest'][:16]}…" if m["lock_digest"] else None
+    add("Locked", locked or (m["lock_unreadable"] or None))
+    changes = "none" if m["later_changes"] == [] else "; ".join(m["later_changes"]) if m["later_changes"] else m["lock_unreadable"]
+    add("Changed since the lock", changes)
+    add("Versions", ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v))
+    machine = {k: v for k, v in m["environment"].items() if isinstance(v, (str, int, float)) and k not in m["versions"]}
+    add("Machine", ", ".join(f"{k} {v}" for k, v in machine.items()))
+    rows = "".join(f"<dt>{esc(k)}</dt><dd>{esc(str(v))}</dd>" for k, v in pairs)
+    study = m["study_file"] or f"{s['name']}.toml"
+    again = f"isofusion study estimate studies/{study}\nisofusion study run studies/{study}\nisofusion study report {s['name']}"
+    return f"<h2>Methods</h2><dl>{rows}</dl><h2>Do it again</h2><pre>{esc(again)}</pre>"
+
+
+def results(a: Analysis) -> str:
+    """Every run, folded away."""
+    domains = a["study"]["domains"]
+    shown = [*domains, "mean"] if len(domains) > 1 else domains
+    rows = [
+        [p["run"], p["arm"], si(p["n"]), si(p["d"]), power(p["c"], 2), *(fixed(p["loss"].get(d), 4) for d in shown)]
+        for p in sorted(a["points"], key=lambda p: (a["study"]["arms"].index(p["arm"]), p["n"], p["seed"], p["d"]))
+    ]
+    head = ["run", "arm", "N", "D", "C, FLOPs", *shown]
+    return f"<details><summary>All {len(rows)} runs (also in results.csv)</summary>{table(head, rows, left=(1,))}</details>"

@@ -1,0 +1,263 @@
+"""The sentences under the figures and at the top of the page, written from the numbers of this study.
+
+Each function takes the analysis and returns plain text. Where a difference may be 0 the sentence says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from isofusion.report.advice import mean_key
+from isofusion.report.figures import NAMES
+from isofusion.report.words import fixed, interval, listed, percent, power, si
+
+Analysis = dict[str, Any]
+
+
+def headline(a: Analysis) -> list[str]:
+    """The answer: which architecture, N and D at which budget, and how sure."""
+    s, found = a["study"], []
+    ref, ten, best_run = a["answer"]["ref"], a["answer"]["ten"], a["answer"]["best_run"]
+    if ref is None:
+        reason = next((f["reason"] for by in a["fits"].values() for f in by.values() if not f.get("ok")), "no fit")
+        found.append(f"No law could be fitted, so there is no compute-optimal answer ({reason}).")
+        if best_run:
+            found.append(
+                f"The best run is {best_run['run']}: {fixed(best_run['loss'])} nats/token with N = {si(best_run['n'])} and "
+                f"D = {si(best_run['d'])} at {power(best_run['c'])} FLOPs. One run is not a recommendation."
+            )
+        return found
+    best = ref["arms"][0]
+    lead = "Train" if len(s["arms"]) == 1 or ref["clear"] else "On the numbers alone, train"
+    found.append(
+        f"{lead} {best['arm']} with N = {si(best['n'])} {interval(best['n_interval'], how=si)} "
+        f"{a['arms'][best['arm']]['n_word']} on D = {si(best['d'])} {interval(best['d_interval'], how=si)} tokens "
+        f"(D/N = {best['ratio']:.3g}) for {power(ref['c'])} FLOPs, the largest budget every arm reached. Its laws predict "
+        f"{fixed(best['loss'])} {interval(best['loss_interval'])} nats/token, {_mean_words(a)}."
+    )
+    if best["extrapolated"]:
+        n, d = a["arms"][best["arm"]]["range"]["n"], a["arms"][best["arm"]]["range"]["d"]
+        found.append(
+            f"That optimum lies outside what was trained ({si(n[0])}–{si(n[1])} {a['arms'][best['arm']]['n_word']}, "
+            f"{si(d[0])}–{si(d[1])} tokens), so its N and D lean on the laws; the loss is for the trained sizes."
+        )
+    found += _how_sure(ref, s["level"])
+    if a["answer"]["without_law"]:
+        found.append(f"No law, and so no rank, for {listed(a['answer']['without_law'])}.")
+    if ten:
+        r = ten["arms"][0]
+        sure = (
+            f"it is best in {percent(r['p_best'], 0)} of the draws"
+            if len(ten["arms"]) > 1
+            else "there is no other arm to compare"
+        )
+        found.append(
+            f"At ten times that, {power(ten['c'])} FLOPs (extrapolated): {r['arm']}, N = {si(r['n'])} "
+            f"{interval(r['n_interval'], how=si)}, D = {si(r['d'])} {interval(r['d_interval'], how=si)}, loss "
+            f"{fixed(r['loss'])} {interval(r['loss_interval'])}; {sure}."
+        )
+    return found
+
+
+def _mean_words(a: Analysis) -> str:
+    domains = a["study"]["domains"]
+    return f"the mean over {listed([NAMES[d] for d in domains])}" if len(domains) > 1 else f"on {NAMES[domains[0]]}"
+
+
+def _how_sure(ref: dict[str, Any], level: float) -> list[str]:
+    rows = ref["arms"]
+    if len(rows) < 2:
+        return []
+    best, second = rows[0], rows[1]
+    gap = f"{second['arm']} is {fixed(second['gap'])} {interval(second['gap_interval'])} nats/token behind"
+    if ref["clear"]:
+        return [f"How sure: {gap}, and every other arm's {level:.0%} interval excludes 0; {best['arm']} is best in "
+                f"{percent(best['p_best'], 0)} of the bootstrap draws."]  # fmt: skip
+    beaten = [r["arm"] for r in rows[1:] if r["worse"]]
+    more = f" It does beat {listed(beaten)}." if beaten else ""
+    return [
+        f"How sure: not enough to choose. {gap}, an interval with 0 inside or at its edge, so this study cannot say whether "
+        f"{best['arm']} is better than {listed(ref['tied'])}; it is best in {percent(best['p_best'], 0)} of the draws.{more}"
+    ]
+
+
+def loss_against_flops(a: Analysis) -> str:
+    key = mean_key(a)
+    text = f"{a['study']['runs']} runs; lines: compute-optimal loss of each arm's law, N inside the trained sizes, with {a['study']['level']:.0%} bands."
+    rows = (a["answer"]["ref"] or {"arms": []})["arms"]
+    if rows:
+        at = "; ".join(f"{r['arm']} {fixed(r['loss'])} {interval(r['loss_interval'])}" for r in rows)
+        text += f" At {power(a['answer']['ref']['c'])} FLOPs the {NAMES[key]} loss is: {at} nats/token."
+    oracle = a["entropy"][key]["oracle"]
+    if oracle is not None:
+        text += f" Dotted: the oracle entropy, {fixed(oracle)} nats/token, which no model can pass."
+    return text
+
+
+def scaling_per_arm(a: Analysis) -> str:
+    parts = []
+    for arm, by_domain in a["fits"].items():
+        power_law = (by_domain.get(mean_key(a)) or {}).get("power") or {}
+        if power_law.get("ok"):
+            parts.append(f"{arm} {power_law['k']:.3g}·C^{fixed(power_law['c'], 4)}")
+    what = "Loss above the oracle entropy" if a["study"]["reducible"] else "Loss"
+    text = f"{what} on log axes; lines: the law at each size; dashed: k·C^c through the lower envelope."
+    if parts:
+        text += f" For the {NAMES[mean_key(a)]} loss the envelope follows {'; '.join(parts)}."
+    failed = [f"{arm} / {d}" for arm, by in a["fits"].items() for d, f in by.items() if d != "mean" and not f.get("ok")]
+    return text + (f" No law for {listed(failed)}." if failed else "")
+
+
+def differences(a: Analysis) -> str:
+    key, parts = mean_key(a), []
+    for pair in a["differences"]:
+        at, run = pair["at_ref"].get(key), pair["overall"].get(key)
+        words = []
+        if at:
+            sure = {"lower": f"{pair['first']} is better", "higher": f"{pair['second']} is better"}.get(at["verdict"], "cannot say")
+            words.append(f"{fixed(at['diff'], sign=True)} {interval((at['lo'], at['hi']))} at {power(at['c'])} FLOPs ({sure})")
+        if run:
+            sure = {"lower": f"{pair['first']} lower", "higher": f"{pair['second']} lower"}.get(run["verdict"], "cannot say")
+            words.append(f"{fixed(run['diff'], sign=True)} {interval((run['lo'], run['hi']))} over {run['pairs']} matched runs ({sure})")
+        if words:
+            parts.append(f"{pair['label']}: {' and '.join(words)}")
+    text = (
+        "Below 0 the first arm is better. Bands: laws at equal compute; circles: runs of one size, seed and token budget; "
+        "dots: their mean per size, with an interval where seeds repeat. Matched runs have equal N (active N for experts) and D, not equal C."
+    )
+    return f"{text} In nats/token, {NAMES[key]}: {'. '.join(parts)}." if parts else text
+
+
+def compute_optimal(a: Analysis) -> str:
+    parts = []
+    for arm, by_domain in a["fits"].items():
+        slopes = (by_domain.get(mean_key(a)) or {}).get("frontier_slopes")
+        if slopes and slopes["d"] is not None:
+            parts.append(f"{arm} N ∝ C^{fixed(slopes['a'])}, D ∝ C^{fixed(slopes['b'])}")
+    text = "Optimum of the mean of the domains' laws at the FLOPs each token really cost; dashed: outside the runs."
+    if parts:
+        text += f" {'; '.join(parts)}."
+    for r in (a["answer"]["ref"] or {"arms": []})["arms"][:1]:
+        text += (
+            f" At {power(a['answer']['ref']['c'])} FLOPs {r['arm']} wants {r['ratio']:.3g} {interval(r['ratio_interval'], how=lambda v: f'{v:.3g}')} "
+            f"tokens per parameter."
+        )
+    return text
+
+
+def predicted_against_observed(a: Analysis) -> str:
+    parts = []
+    for arm, by_domain in a["holdout"].items():
+        good = [h for h in by_domain.values() if h.get("ok")]
+        if good:
+            ours = sum(h["error_reducible"] for h in good) / len(good)
+            carried = [h["carry_error_reducible"] for h in good if h["carry_error_reducible"] is not None]
+            base = f" (next smaller size carried over: {percent(sum(carried) / len(carried))})" if carried else ""
+            parts.append(f"{arm} {percent(ours)}{base}")
+    text = "Open: runs the law was fitted on. Filled: the largest size, held out. On the line the prediction is exact."
+    if not parts:
+        return text + " No hold-out test was possible with these sizes."
+    return f"{text} Mean absolute error of the hold-out, relative to the reducible loss: {'; '.join(parts)}."
+
+
+def loss_by_class(a: Analysis) -> str:
+    text = "Each arm's largest run. "
+    if any(r.get("oracle") is not None for r in a["classes"]):
+        text += "Ticks: oracle entropy (what no model can pass), learner's bound at this D, chance. "
+    parts, m = [], None
+    for arm in a["study"]["arms"]:
+        pooled = pooled_fusion(a, arm)
+        if pooled is None:
+            continue
+        m = pooled["log_m"]
+        sure = f"standard error {fixed(pooled['se'])}" if pooled["se"] else "no standard error known"
+        blind = f", blind {fixed(pooled['blind'])}" if pooled["blind"] is not None else ""
+        parts.append(f"{arm} {fixed(pooled['loss'])} ({sure}{blind})")
+    if m is not None:
+        text += f"All fusion targets together, against their chance level log m = {fixed(m)}: {'; '.join(parts)}. "
+    compared = [
+        f"{r['first']} − {r['second']} on {r['class']}: {fixed(r['diff'], sign=True)} {interval((r['lo'], r['hi']))}"
+        f" ({'cannot say' if r['verdict'] == 'cannot say' else r['first'] + ' ' + r['verdict']})"
+        for r in a["fusion_compare"]
+        if a["arms"][r["first"]]["fusion"] != a["arms"][r["second"]]["fusion"]
+    ]
+    if compared:
+        text += f"Paired by size, seed and budget, interval over trunks: {'; '.join(compared)}."
+    return text.strip()
+
+
+def pooled_fusion(a: Analysis, arm: str) -> dict[str, Any] | None:
+    """Target-weighted fusion loss of an arm's largest run over domains and both question orders."""
+    rows = [r for r in a["fusion"] if r["arm"] == arm and r["log_m"] is not None and r["targets"]]
+    if not rows:
+        return None
+    total = sum(r["targets"] for r in rows)
+
+    def mean(field: str) -> float | None:
+        if any(r[field] is None for r in rows):
+            return None
+        return float(sum(r[field] * r["targets"] for r in rows) / total)
+
+    errors = [r["se"] for r in rows]
+    se = None if None in errors else sum((r["se"] * r["targets"] / total) ** 2 for r in rows) ** 0.5
+    return {"loss": mean("loss"), "blind": mean("blind"), "log_m": mean("log_m"), "se": se, "targets": total}
+
+
+def image_use(a: Analysis) -> str:
+    parts, unsure = [], []
+    for r in a["image_use"]:
+        d = r.get("d_shuffled")
+        if d:
+            parts.append(f"{r['arm']} {r['domain']} {fixed(d['diff'], sign=True)} {interval((d['lo'], d['hi']))}, t = {fixed(d['t'], 1)}")
+            if d["lo"] <= 0:
+                unsure.append(f"{r['arm']} on {NAMES[r['domain']]}")
+        elif r["shuffled"] is not None:
+            parts.append(f"{r['arm']} {r['domain']} {fixed(r['shuffled'] - r['true'], sign=True)} (no documents kept, so no interval)")
+            unsure.append(f"{r['arm']} on {NAMES[r['domain']]}")
+    text = "Largest run of each arm. No image: grey patches; another image: one of the same set. "
+    if not parts:
+        return text.strip()
+    text += f"What another image costs, paired by document, in nats/token: {'; '.join(parts)}. "
+    if unsure:
+        return text + f"This study cannot say whether {listed(unsure)} looks at the image."
+    return text + "Every interval is above 0: all of them look at the image."
+
+
+def tokens_per_expert(a: Analysis) -> str:
+    parts = []
+    for arm, e in a["experts"].items():
+        score = e["balanced"]
+        top = max(range(len(score)), key=lambda i: score[i])
+        parts.append(
+            f"{arm}: {fixed(score[0], 2)} in the first layer, {fixed(score[-1], 2)} in the last, highest in layer {top + 1} "
+            f"({fixed(score[top], 2)}); uncorrected for the token mixture, mean {fixed(sum(e['score']) / len(e['score']), 2)}"
+        )
+    return (
+        "Share of each modality's validation tokens that an expert takes, largest run. Specialisation, 0 (experts blind to "
+        f"modality) to 1 (each expert one modality): {'. '.join(parts)}."
+    )
+
+
+def loss_against_tokens(a: Analysis) -> str:
+    trunks = [c for c in a["training"] if c["kind"] == "trunk"]
+    text = f"Seed {min(a['study']['seeds'])}; {len(trunks)} trunks at constant learning rate and the cool-downs that branch off them."
+    ends = [(c["arm"], c["size"], c["loss"][-1]) for c in a["training"] if c["kind"] == "branch"]
+    if ends:
+        arm, size, loss = min(ends, key=lambda e: e[2])
+        text += f" Lowest training loss at the end of a cool-down: {fixed(loss)} nats/token ({arm}, {size})."
+    return text
+
+
+CAPTIONS: dict[str, tuple[str, Callable[[Analysis], str]]] = {
+    "loss-against-flops": ("Loss against compute", loss_against_flops),
+    "differences": ("Differences between arms", differences),
+    "compute-optimal": ("Compute-optimal size and data", compute_optimal),
+    "scaling-per-arm": ("The laws, arm by arm", scaling_per_arm),
+    "predicted-against-observed": ("Predicted against observed", predicted_against_observed),
+    "loss-by-class": ("Loss by domain and token class", loss_by_class),
+    "image-use": ("Does it look at the image?", image_use),
+    "tokens-per-expert": ("Who takes which tokens", tokens_per_expert),
+    "loss-against-tokens": ("Training", loss_against_tokens),
+}
+"""Figures in the order of the page: name -> (heading, caption)."""

@@ -1,0 +1,84 @@
+"""Numbers as a reader wants them: 1.3M parameters, 2.4·10¹² FLOPs, 1.234 nats with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from isofusion.report.style import superscript
+
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+DASH = "–"
+
+
+def si(value: float | None) -> str:
+    """Three significant digits with K, M, B or T."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    for size, unit in _UNITS:
+        if abs(value) >= 0.9995 * size:
+            return f"{three(value / size)}{unit}"
+    return three(value)
+
+
+def three(value: float) -> str:
+    """Three significant digits, never in exponent notation."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)) + 1e-9))
+    text = f"{value:.{min(digits, 6)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text and digits > 2 else text
+
+
+def power(value: float | None, digits: int = 1) -> str:
+    """2.4·10¹²."""
+    if value is None or not math.isfinite(value) or value <= 0:
+        return DASH
+    exponent = math.floor(math.log10(value))
+    mantissa = round(value / 10**exponent, digits)
+    if mantissa >= 10:
+        mantissa, exponent = mantissa / 10, exponent + 1
+    return f"{mantissa:.{digits}f}·10{superscript(exponent)}"
+
+
+def fixed(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    """A loss or exponent with a real minus sign."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(pair: Sequence[float | None] | None, digits: int = 3, how: Any = None) -> str:
+    """[low, high]; `how` formats each end (default: fixed digits)."""
+    if not pair or pair[0] is None or pair[1] is None:
+        return "[no interval]"
+    show = how or (lambda v: fixed(v, digits))
+    return f"[{show(pair[0])}, {show(pair[1])}]"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    if share is None or not math.isfinite(share):
+        return DASH
+    value = 100 * share
+    if 0 < abs(value) < 10**-digits:
+        return f"< {10**-digits:g} %"
+    return f"{value:.{digits}f} %".replace("-", "−")
+
+
+def listed(items: Sequence[str]) -> str:
+    """a, b and c."""
+    items = list(items)
+    if len(items) < 2:
+        return "".join(items)
+    return ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return DASH
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,96 @@
+"""Checks of user input that end in one clear InputError: unknown keys, wrong values, names that do not exist."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from isofusion.errors import InputError
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
+    """A pydantic error as one sentence: key, what is wrong, what was given."""
+    parts = []
+    for item in error.errors(include_url=False)[:3]:
+        keys = [str(part) for part in item["loc"]]
+        if item["type"] == "extra_forbidden":
+            known = list(cls.model_fields) if cls is not None and len(keys) == 1 else []
+            parts.append(_unknown(".".join(keys), keys[-1], known))
+        elif item["type"] == "missing":
+            parts.append(f'"{".".join(keys)}" is missing')
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            if item["type"] != "value_error":
+                text = f"{text[0].lower()}{text[1:]}, got {item['input']!r}"
+            parts.append(": ".join(filter(None, [".".join(keys), text])))
+    more = error.error_count() - 3
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Validate, turning a pydantic error into one InputError that starts with `where`."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: must be a table, got {values!r}")
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain(error, cls)}") from None
+
+
+def apply_override(tree: dict[str, Any], text: str) -> None:
+    """Apply `a.b.c=value`; a table of a list is chosen by its name (`arms.early.sizes.s16.width=32`)."""
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip():
+        raise InputError(f"--set {text}: write key=value, e.g. --set train.lr=0.01")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *parents, last = key.strip().split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, list):
+            node = next((item for item in node if isinstance(item, dict) and item.get("name") == part), None)
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        if not isinstance(node, (dict, list)):
+            raise InputError(f"--set {text}: nothing is called {part!r} there")
+    if not isinstance(node, dict):
+        raise InputError(f"--set {text}: {last!r} must be a key of a table")
+    node[last] = value
+
+
+def _unknown(shown: str, key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f'unknown key "{shown}"' + (f'; did you mean "{close[0]}"?' if close else "")
+
+
+def known_keys(table: Any, known: Iterable[str], where: str) -> None:
+    """Raise InputError for a key outside `known`, with the nearest known one."""
+    prefix, names = f"{where}: " if where else "", list(known)
+    if not isinstance(table, dict):
+        raise InputError(f"{prefix}must be a table, got {table!r}")
+    for key in table:
+        if key not in names:
+            raise InputError(prefix + _unknown(key, key, names))
+
+
+def choice(name: str, known: list[str], where: str) -> None:
+    """Raise InputError unless `name` is one of `known`."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known[:8])}"
+        raise InputError(f'{where} "{name}" does not exist; {hint}')
+
+
+def distinct(names: list[str], what: str) -> None:
+    """Raise InputError if a name appears twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f'{what} name "{twice[0]}" appears more than once; names must differ')

@@ -1,0 +1,222 @@
+"""`study.lock`: what was decided before training (DESIGN.md section 6, "Plan before spend").
+
+The lock holds the whole resolved study, the hold-out, metric and exclusions with their own digest, the digest of every
+run, the package versions and the thread budget. A study whose definition differs from its lock does not run; whatever
+else changed later (an edited lock, other versions, another thread count) is listed by `later_changes` for the report.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from isofusion.errors import InputError
+from isofusion.study.spec import METRIC, REMARKS, StudySpec
+
+LOCK = "study.lock"
+SESSIONS = "sessions.jsonl"
+PACKAGES = ("isofusion", "torch", "numpy", "scipy", "pydantic", "tokenizers", "pillow", "pyarrow")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what the numbers depend on, read from package metadata (nothing is imported)."""
+    from isofusion import __version__
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = __version__ if package == "isofusion" else None
+    return found
+
+
+def _digest(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def definition(spec: StudySpec) -> dict[str, Any]:
+    """The study without its remarks: what the lock protects."""
+    return {key: value for key, value in spec.model_dump(mode="json").items() if key not in REMARKS}
+
+
+def analysis(spec: StudySpec) -> dict[str, Any]:
+    """What the fit will look at, decided before the numbers exist."""
+    return {"holdout": spec.holdout, "compute": spec.compute, "exclude": sorted(spec.exclude), "metric": METRIC}
+
+
+def write_lock(
+    out: Path, spec: StudySpec, *, toml: Path | None, jobs: int, threads: int, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write `<out>/study.lock` atomically and return it; an existing lock must agree (see `check_lock`)."""
+    if (out / LOCK).exists():
+        return check_lock(out, spec)
+    lock = {
+        "format": 1,
+        "locked_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "toml": str(toml) if toml else None,
+        "overrides": list(overrides),
+        "spec": spec.model_dump(mode="json"),
+        "digest": _digest(definition(spec)),
+        "analysis": analysis(spec),
+        "analysis_digest": _digest(analysis(spec)),
+        "runs": {run.name: run.digest() for run in spec.runs()},
+        "versions": versions(),
+        "jobs": jobs,
+        "threads": threads,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / LOCK, json.dumps(lock, indent=1) + "\n")
+    return lock
+
+
+def read_lock(out: Path) -> dict[str, Any]:
+    """The lock of a study folder. Raises InputError where there is none or it cannot be read."""
+    path = out / LOCK
+    try:
+        lock = json.loads(path.read_text())
+        lock["spec"], lock["digest"], lock["runs"]
+    except FileNotFoundError:
+        raise InputError(f"{out}: not a study folder (no {LOCK}); run `isofusion study run` or `study lock`") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; restore it, or start again with another --out") from None
+    return lock
+
+
+def locked_spec(out: Path) -> StudySpec:
+    """The study as it was locked."""
+    from pydantic import ValidationError
+
+    try:
+        return StudySpec.model_validate(read_lock(out)["spec"])
+    except ValidationError:
+        raise InputError(
+            f"{out / LOCK}: was written by another version of isofusion, or edited; restore it or use another --out"
+        ) from None
+
+
+def check_lock(out: Path, spec: StudySpec) -> dict[str, Any]:
+    """Return the lock if the study is still the locked one; else InputError that lists every changed field."""
+    lock = read_lock(out)
+    if changed := differences(lock["spec"], spec.model_dump(mode="json")):
+        listed = "\n".join(f"  {line}" for line in changed[:12])
+        more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
+        raise InputError(
+            f"the study differs from the one locked in {out / LOCK} ({lock['locked_at']}):\n{listed}{more}\n"
+            f"take the change back to go on, or start a new study with another --out; nothing was touched"
+        )
+    runs = {run.name: run.digest() for run in spec.runs()}
+    if runs != lock["runs"]:
+        names = sorted(name for name in runs.keys() | lock["runs"].keys() if runs.get(name) != lock["runs"].get(name))
+        raise InputError(
+            f"{out / LOCK}: {len(names)} runs would differ from the locked ones (first: {names[0]}): it was edited, or "
+            f"written by another version of isofusion; restore it, or start a new study with another --out"
+        )
+    return lock
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for every field that differs, remarks apart; arms and sizes are matched by name."""
+    before, after = (_flat({k: v for k, v in tree.items() if k not in REMARKS}) for tree in (old, new))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if key not in after:
+            lines.append(f"{key}: {before[key]!r} -> removed")
+        elif key not in before:
+            lines.append(f"{key}: added, {after[key]!r}")
+        elif before[key] != after[key]:
+            lines.append(f"{key}: {before[key]!r} -> {after[key]!r}")
+    return lines
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
+        tree = {item["name"]: {k: v for k, v in item.items() if k != "name"} for item in tree}
+    if isinstance(tree, dict) and tree:
+        return {
+            key: value
+            for part, child in tree.items()
+            for key, value in _flat(child, f"{prefix}.{part}" if prefix else str(part)).items()
+        }
+    return {prefix: tree}
+
+
+def record_session(out: Path, *, jobs: int, threads: int) -> None:
+    """Append what this `study run` runs with; `later_changes` compares it with the lock."""
+    line = {
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "pid": os.getpid(),
+        "jobs": jobs,
+        "threads": threads,
+        "versions": versions(),
+    }
+    with (out / SESSIONS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def later_changes(out: Path) -> list[str]:
+    """Everything that changed after the lock, one sentence each; empty when nothing did. For the report."""
+    lock, found = read_lock(out), []
+    spec = {key: value for key, value in lock["spec"].items() if key not in REMARKS}
+    if _digest(spec) != lock["digest"] or _digest(lock.get("analysis")) != lock.get("analysis_digest"):
+        found.append(f"{LOCK} was edited by hand after it was written")
+    for name, digest in lock["runs"].items():
+        try:
+            run = json.loads((out / "runs" / name / "run.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if run.get("digest", digest) != digest:
+            found.append(f"run {name} was trained with another configuration than the locked one")
+    for session in _sessions(out):
+        when = session["started_at"]
+        if session["threads"] != lock["threads"]:
+            found.append(f"from {when}: {session['threads']} threads per run instead of {lock['threads']}")
+        for package, version in session["versions"].items():
+            if version != lock["versions"].get(package):
+                found.append(f"from {when}: {package} {version} instead of {lock['versions'].get(package)}")
+    toml = lock.get("toml")
+    if toml and Path(toml).is_file():
+        try:
+            folder = lock["spec"]["data"]["folder"]
+            data = folder if folder and Path(folder).is_dir() else None
+            now = StudySpec.from_toml(toml, data=data, overrides=lock.get("overrides", ())).model_dump(mode="json")
+        except InputError as error:
+            found.append(f"the study's file no longer reads: {error}")
+        else:
+            found += [
+                f"{toml} was edited after the lock (the results are of the locked study): {line}"
+                for line in differences(lock["spec"], now)
+                if not line.startswith("data.folder:")  # given by --data, not by the file
+            ]
+    return list(dict.fromkeys(found))
+
+
+def _sessions(out: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (out / SESSIONS).read_text().splitlines()
+    except OSError:
+        return []
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append(json.loads(line))
+        except ValueError:  # the line a kill -9 cut short
+            continue
+    return parsed
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write through a temporary file, fsync and rename, so that a reader never sees half a file."""
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with tmp.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)

@@ -1,0 +1,416 @@
+"""The local pool: runs a locked study on worker processes that share out the machine's threads.
+
+Trunks first by the length of their whole chain, and a branch as soon as its fork checkpoint exists; among what is ready
+the longest goes first, so that no long run is left alone at the end. A failed run does not stop the others. The run
+folders are the truth (`DONE` is written last): killing anything at any moment loses at most the steps since the last
+checkpoint, and `resume=True` goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from isofusion.config import RunConfig
+from isofusion.errors import InputError, RunFailure
+from isofusion.study.lock import record_session, write_atomic
+from isofusion.study.progress import Progress
+from isofusion.study.spec import StudySpec, cost_hint
+
+TRAIN = "isofusion.train.loop:train_run"
+FAILURE = "failure.json"  # in a run folder: why its last attempt ended; removed when it starts again
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+POLL = 0.2  # seconds between looks at checkpoints and the display
+MAX_WORKER_DEATHS = 3  # in a row before the first event: then the machine, not a run, is the trouble
+
+
+class Interrupted(Exception):
+    """The study was asked to stop; every run checkpointed. `code` is the exit status (128 + signal)."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signum
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_budget(jobs: int | None, threads: int | None) -> tuple[int, int]:
+    """(jobs, threads per job) within the cores; default: one thread each, as many jobs as cores. Raises InputError."""
+    available = cores()
+    threads = 1 if threads is None else threads
+    if threads < 1 or (jobs is not None and jobs < 1):
+        raise InputError("--jobs and --threads must be at least 1")
+    jobs = max(1, available // threads) if jobs is None else jobs
+    if jobs * threads > available:
+        raise InputError(f"{jobs} jobs x {threads} threads is more than the {available} cores here; lower one of them")
+    return jobs, threads
+
+
+def is_done(folder: Path) -> bool:
+    return (folder / "DONE").exists()
+
+
+def fork_ready(root: Path, run: RunConfig) -> bool:
+    """A trunk can always start; a branch when its trunk's checkpoint exists (it appears by an atomic rename)."""
+    return run.parent is None or (root / run.parent / "checkpoints" / f"step_{run.start_step}").is_dir()
+
+
+@contextlib.contextmanager
+def only_one(out: Path, wait: float = 60.0) -> Iterator[int]:
+    """Hold the study folder. The lock belongs to the pool *and* its workers and ends with the last of them, so a pool
+    that was killed cannot be followed by another while its workers still write. Raises InputError if it is in use.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "study.pid"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        end = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder = path.read_text().strip()
+                if holder and _alive(int(holder)):
+                    raise InputError(
+                        f"{out}: process {holder} is running this study; wait for it, or stop it"
+                    ) from None
+                if time.monotonic() > end:
+                    raise InputError(f"{out}: workers of an earlier run still write here; stop them first") from None
+                time.sleep(0.1)  # orphans notice within a step, checkpoint and leave
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@dataclass
+class Slot:
+    """One worker process and the run it is at."""
+
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    run: str | None = None
+    ready: bool = False
+    buffer: bytes = b""
+
+    def send(self, request: dict[str, Any]) -> bool:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except (BrokenPipeError, OSError):
+            return False
+        return True
+
+    def close(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout, self.log):
+            if stream is not None:
+                stream.close()
+
+
+@dataclass
+class Pool:
+    """Runs `configs` under `root` on `jobs` workers of `threads` threads; see `go`."""
+
+    configs: dict[str, RunConfig]
+    root: Path
+    logs: Path
+    jobs: int
+    threads: int
+    progress: Progress
+    train: str = TRAIN
+    on_done: Callable[[str], None] = lambda run: None
+    keep_open: int | None = None  # descriptor that the workers inherit: the study's lock
+    waiting: deque[str] = field(default_factory=deque)
+    slots: list[Slot] = field(default_factory=list)
+    failed: dict[str, tuple[str, str]] = field(default_factory=dict)  # run -> (kind, message)
+    interrupted: set[str] = field(default_factory=set)
+    signum: int | None = None
+    started: int = 0
+    early_deaths: int = 0
+
+    def go(self) -> None:
+        """Run everything that is not DONE. On return `failed` and `interrupted` say what is left; never raises for a
+        run that failed. SIGINT and SIGTERM let every run checkpoint; a second one kills.
+        """
+        todo = [name for name, config in self.configs.items() if not is_done(self.root / config.name)]
+        self.waiting = deque(sorted(todo, key=self.chain_cost, reverse=True))
+        self.logs.mkdir(parents=True, exist_ok=True)
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.selector = selectors.DefaultSelector()
+        self.progress.open()
+        try:
+            for _ in range(min(self.jobs, len(todo))):
+                self._spawn()
+            while self.slots and (any(slot.run for slot in self.slots) or (self.waiting and self.signum is None)):
+                self._assign()
+                if not any(slot.run for slot in self.slots) and all(slot.ready for slot in self.slots):
+                    break  # what still waits is blocked by a failed trunk
+                for key, _ in self.selector.select(POLL):
+                    self._read(key.data)
+                self.progress.tick()
+            self._block_the_rest()
+        finally:
+            self._shut_down()
+            self.progress.close()
+            self.selector.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def chain_cost(self, name: str) -> float:
+        """Work that cannot start before this run: a trunk carries its longest branch."""
+        config = self.configs[name]
+        branches = [cost_hint(other) for other in self.configs.values() if other.parent == name]
+        return cost_hint(config) + max(branches, default=0.0)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        again, self.signum = self.signum is not None, self.signum or signum
+        for slot in self.slots:
+            if slot.process.poll() is None:
+                slot.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+    def _spawn(self) -> None:
+        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads)), "PYTHONUNBUFFERED": "1"}
+        log = (self.logs / f"worker-{self.started}.log").open("ab")
+        command = [
+            sys.executable,
+            "-m",
+            "isofusion.study.worker",
+            "--train",
+            self.train,
+            "--threads",
+            str(self.threads),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            pass_fds=() if self.keep_open is None else (self.keep_open,),
+        )
+        slot = Slot(process, log)
+        self.started += 1
+        self.slots.append(slot)
+        assert process.stdout is not None
+        self.selector.register(process.stdout, selectors.EVENT_READ, slot)
+
+    def _next(self) -> str | None:
+        for name in self.waiting:
+            if fork_ready(self.root, self.configs[name]):
+                self.waiting.remove(name)
+                return name
+        return None
+
+    def _assign(self) -> None:
+        for slot in self.slots:
+            if self.signum is not None or slot.run is not None or not slot.ready:
+                continue
+            name = self._next()
+            if name is None:
+                return
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+            (self.root / name / FAILURE).unlink(missing_ok=True)
+            request = {"run": self.configs[name].model_dump(mode="json"), "runs_root": str(self.root)}
+            if not slot.send(request):
+                self.waiting.appendleft(name)  # the reader sees the death and replaces the worker
+                continue
+            slot.run = name
+            self.progress.started(name)
+
+    def _read(self, slot: Slot) -> None:
+        assert slot.process.stdout is not None
+        data = os.read(slot.process.stdout.fileno(), 1 << 16)
+        if not data:
+            self._died(slot)
+            return
+        *lines, slot.buffer = (slot.buffer + data).split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            if event["event"] == "ready":
+                slot.ready, self.early_deaths = True, 0
+            elif event["event"] == "finished":
+                self._finished(slot, event["status"], event.get("kind", ""), event.get("message", ""))
+            else:
+                self.progress.event(event)
+
+    def _finished(self, slot: Slot, status: str, kind: str = "", message: str = "") -> None:
+        name, slot.run = slot.run, None
+        if name is None:
+            return
+        if status == "interrupted" and self.signum is None:
+            status, kind, message = "failed", "stopped", "its worker was told to stop; the checkpoints are kept"
+        if status == "failed":
+            self._fail(name, kind, message)
+        elif status == "interrupted":
+            self.interrupted.add(name)
+        self.progress.finished(name, status, message)
+        if status == "done":
+            self.on_done(name)
+
+    def _fail(self, name: str, kind: str, message: str) -> None:
+        self.failed[name] = (kind, message)
+        with contextlib.suppress(OSError):  # a full disk must not hide the reason
+            write_atomic(self.root / name / FAILURE, json.dumps({"kind": kind, "message": message}) + "\n")
+
+    def _died(self, slot: Slot) -> None:
+        """The worker's pipe closed: its run failed unless it was told to stop; a new worker takes the slot."""
+        self.selector.unregister(slot.process.stdout)  # type: ignore[arg-type]
+        code = slot.process.wait()
+        slot.close()
+        self.slots.remove(slot)
+        log = Path(slot.log.name)
+        if slot.run is not None:
+            stopped = self.signum is not None and code <= 0
+            how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            message = "" if stopped else f"its worker was {how} (out of memory? see {log}); the checkpoints are kept"
+            self._finished(slot, "interrupted" if stopped else "failed", "died", message)
+        elif not slot.ready:
+            self.early_deaths += 1
+            if self.early_deaths >= MAX_WORKER_DEATHS and not self.slots:
+                lines = log.read_text(errors="replace").strip().splitlines()
+                raise RunFailure(f"workers do not start: {lines[-1] if lines else f'exit code {code}'} (see {log})")
+        if self.signum is None and (self.waiting or any(other.run for other in self.slots)):
+            self._spawn()
+
+    def _block_the_rest(self) -> None:
+        if self.signum is not None:
+            self.interrupted |= set(self.waiting)
+            return
+        for name in self.waiting:
+            message = f"its trunk {self.configs[name].parent} did not reach step {self.configs[name].start_step}"
+            self.failed[name] = ("blocked", message)
+            self.progress.finished(name, "failed", message)
+
+    def _shut_down(self) -> None:
+        for slot in self.slots:
+            if slot.run is not None:  # only when the pool itself failed
+                slot.process.send_signal(signal.SIGTERM)
+            slot.process.stdin.close()  # type: ignore[union-attr]
+        for slot in self.slots:
+            try:
+                slot.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                slot.process.kill()
+                slot.process.wait()
+            slot.close()
+        self.slots = []
+
+
+def prepare(spec: StudySpec) -> None:
+    """Once, before the workers: torch is there, and the data can be read (index, tokenizer and caches are built)."""
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("training needs torch: pip install 'isofusion[train]'")
+    from isofusion.data.stream import Stream
+
+    train = spec.arms[0].sizes[0].train
+    for seed in spec.seeds[:1]:
+        Stream(spec.data, seed, "train", train.rows_per_step)
+        Stream(spec.data, seed, "val", train.rows_per_step)
+
+
+def refuse_what_does_not_fit(spec: StudySpec, out: Path, jobs: int) -> None:
+    """Raises InputError when memory or disk cannot hold the study."""
+    from isofusion.study.estimate import fits
+
+    if problems := fits(spec, out, jobs):
+        raise InputError(f"{spec.name} does not fit this machine: " + "; ".join(problems))
+
+
+def run_study(
+    spec: StudySpec,
+    out: Path,
+    *,
+    jobs: int,
+    threads: int,
+    resume: bool,
+    make_progress: Callable[[dict[str, RunConfig], set[str]], Progress],
+    command: str = "",
+    train: str = TRAIN,
+    get_ready: Callable[[StudySpec], None] = prepare,
+    before_start: Callable[[], None] = lambda: None,
+) -> None:
+    """Train every run of `spec` that is not DONE under `<out>/runs`; the caller has locked the study.
+
+    `command` is shown as what to type to go on. Raises InputError (bad input, or unfinished and not `resume`),
+    RunFailure (some runs failed, the others are done) or Interrupted.
+    """
+    from isofusion.study.ledger import Ledger
+
+    configs = {run.name: run for run in spec.runs()}
+    root = out / "runs"
+    with only_one(out) as fd:
+        done = {name for name in configs if is_done(root / name)}
+        begun = [name for name in configs if (root / name).is_dir()]
+        if begun and not resume and len(done) < len(configs):
+            raise InputError(
+                f"{out}: this study has {len(done)} of {len(configs)} runs finished; add --resume to go on, "
+                f"or choose another --out"
+            )
+        ledger = Ledger(out)
+        if len(done) < len(configs):
+            get_ready(spec)
+            before_start()
+            record_session(out, jobs=jobs, threads=threads)
+            pool = Pool(
+                configs,
+                root,
+                out / "logs",
+                jobs,
+                threads,
+                make_progress(configs, done),
+                train=train,
+                on_done=ledger.update,
+                keep_open=fd,
+            )
+            pool.go()
+            ledger.rebuild()
+            _verdict(pool, out, command)
+        else:
+            ledger.rebuild()
+
+
+def _verdict(pool: Pool, out: Path, command: str) -> None:
+    total, finished = len(pool.configs), sum(is_done(pool.root / name) for name in pool.configs)
+    go_on = f"; go on with: {command}" if command else ""
+    if pool.signum is not None:
+        raise Interrupted(f"stopped with {finished} of {total} runs done, nothing is lost{go_on}", pool.signum)
+    if not pool.failed:
+        return
+    causes = {name: cause for name, cause in pool.failed.items() if cause[0] != "blocked"} or pool.failed
+    listed = "\n".join(f"  {name}: {message}" for name, (_, message) in list(causes.items())[:6])
+    more = f"\n  and {len(causes) - 6} more" if len(causes) > 6 else ""
+    text = f"{len(pool.failed)} of {total} runs did not finish ({finished} are done):\n{listed}{more}\n"
+    text += f"details: {out / 'logs'}{go_on}"
+    if all(kind == "input" for kind, _ in causes.values()):
+        messages = {message for _, message in causes.values()}
+        raise InputError(messages.pop() if len(messages) == 1 else text)
+    raise RunFailure(text)

@@ -1,0 +1,90 @@
+"""AdamW with fully decoupled weight decay, in groups of (peak learning rate, decays or not).
+
+torch's AdamW shrinks a weight by lr * weight_decay per step. The paper's optimizer (arXiv 2504.07951 Table 6: "fully
+decoupled AdamW", decay 1e-4) shrinks it by decay * lr / lr_peak: at the peak by the decay itself, whatever the learning
+rate. So each group gets weight_decay = decay / (its own peak), and the schedule scales both together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from isofusion.config import ModelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class GroupRules:
+    """How a parameter's name decides its group: muP learning-rate multiplier, weight decay, image encoder or not."""
+
+    lr_multiplier: Callable[[str, ModelConfig], float]
+    decays: Callable[[str], bool]
+    in_encoder: Callable[[str], bool]
+
+
+def default_rules() -> GroupRules:
+    """The rules of isofusion.model.init."""
+    from isofusion.model import init
+
+    return GroupRules(init.lr_multiplier, init.decays, lambda name: init.role_of(name).startswith("encoder-"))
+
+
+def param_groups(
+    model: nn.Module,
+    cfg: ModelConfig,
+    lr: float,
+    weight_decay: float,
+    encoder_lr_scale: float = 1.0,
+    rules: GroupRules | None = None,
+) -> list[dict[str, Any]]:
+    """Groups with `params` as (name, parameter), `lr` = `peak_lr`, and weight_decay = decay / peak_lr (0 on norms)."""
+    rules = rules or default_rules()
+    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        peak = lr * rules.lr_multiplier(name, cfg) * (encoder_lr_scale if rules.in_encoder(name) else 1.0)
+        groups.setdefault((peak, rules.decays(name)), []).append((name, parameter))
+    return [
+        {"params": members, "lr": peak, "peak_lr": peak, "weight_decay": weight_decay / peak if decays else 0.0}
+        for (peak, decays), members in groups.items()
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, cfg: ModelConfig, train: TrainConfig, rules: GroupRules | None = None
+) -> torch.optim.AdamW:
+    """Fused AdamW (3 to 6 times faster than foreach on CPU at these sizes) over `param_groups`."""
+    groups = param_groups(model, cfg, train.lr, train.weight_decay, train.encoder_lr_scale, rules)
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+
+
+def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat tensors "exp_avg/<parameter name>"; names, not indices, so order cannot matter."""
+    out = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                out[f"{key}/{name}"] = value
+    return out
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of `optimizer_tensors`. Raises KeyError if a tensor belongs to no parameter of this optimizer."""
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    optimizer.state.clear()
+    for full, value in tensors.items():
+        key, name = full.split("/", 1)
+        optimizer.state[parameters[name]][key] = value.clone()

@@ -1,0 +1,142 @@
+"""The verbs of `isofusion study`, with the pool and the page replaced: they have their own tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from isofusion.cli.main import main
+from isofusion.errors import RunFailure
+
+STUDY = """
+[study]
+name = "small"
+budgets = [2560, 5120]
+[data]
+row_len = 128
+image_size = 32
+patch_size = 8
+sources = [{ name = "captions", domain = "caption", format = "world", weight = 1 }]
+[model]
+depth = 2
+head_dim = 8
+ffn_multiple = 16
+[train]
+warmup_steps = 1
+rows_per_step = 2
+[[arms]]
+name = "early"
+[arms.sizes]
+s16 = { width = 16 }
+"""
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("small.toml").write_text(STUDY)
+    return Path("small.toml")
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def test_lock_then_edit_is_refused(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("study", "lock", toml) == 0
+    assert "runs/small/study.lock: 3 runs" in capsys.readouterr().out
+    before = Path("runs/small/study.lock").read_bytes()
+    toml.write_text(STUDY.replace("width = 16", "width = 24"))
+    assert call("study", "run", toml) == 2
+    error = capsys.readouterr().err
+    assert "arms.early.sizes.s16.model.width: 16 -> 24" in error
+    assert "Traceback" not in error
+    assert Path("runs/small/study.lock").read_bytes() == before
+
+
+def test_bad_study_is_exit_code_2(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toml.write_text(STUDY.replace("width = 16", "width = 20"))
+    for verb in ("estimate", "lock", "run"):
+        assert call("study", verb, toml) == 2
+        assert capsys.readouterr().err.startswith(
+            'error: small.toml: arm "early", size "s16": width 20 is not a multiple'
+        )
+    assert call("study", "run", "nothing.toml") == 2
+    assert call("study", "status", "nothing") == 2
+    assert not Path("runs").exists()
+
+
+def test_run_ends_with_the_path_of_the_report(toml: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = {}
+
+    def run_study(spec, out, **settings):
+        seen.update(settings, out=out, spec=spec)
+
+    page = types.ModuleType("isofusion.report.page")
+    page.build_report = lambda out: out / "report.html"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "isofusion.report.page", page)
+    monkeypatch.setattr("isofusion.study.run.run_study", run_study)
+    monkeypatch.setattr("isofusion.study.run.refuse_what_does_not_fit", lambda *_: None)
+    assert call("study", "run", toml, "--out", "here", "--jobs", 1, "--set", "train.lr=0.25", "--resume") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "here/report.html"
+    assert seen["resume"] is True
+    assert seen["jobs"] == 1
+    assert seen["spec"].arms[0].sizes[0].train.lr == 0.25
+    assert "--out here --resume" in seen["command"]
+    # what was locked need not be repeated
+    assert call("study", "run", toml, "--out", "here", "--jobs", 1, "--resume") == 0
+    assert seen["spec"].arms[0].sizes[0].train.lr == 0.25
+    assert call("study", "report", "here") == 0
+
+
+def test_failures_and_signals_have_their_codes(toml: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from isofusion.study.run import Interrupted
+
+    monkeypatch.setattr("isofusion.study.run.refuse_what_does_not_fit", lambda *_: None)
+    for error, code in ((RunFailure("2 of 3 runs did not finish"), 1), (Interrupted("stopped with 1 of 3", 15), 143)):
+
+        def run_study(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("isofusion.study.run.run_study", run_study)
+        assert call("study", "run", toml, "--jobs", 1) == code
+        assert str(error) in capsys.readouterr().err
+
+
+def test_status(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("study", "lock", toml)
+    trunk, branch = (Path("runs/small/runs") / name for name in ("early-s16-s0-trunk", "early-s16-s0-d10"))
+    trunk.mkdir(parents=True)
+    (trunk / "metrics.jsonl").write_text('{"step": 7, "loss": 3.5}\n{"step": 8, "lo')
+    (trunk / "DONE").write_text("")
+    branch.mkdir()
+    (branch / "failure.json").write_text('{"kind": "died", "message": "its worker was killed by signal 9"}')
+    capsys.readouterr()
+    assert call("study", "status", toml, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["counts"] == {"done": 1, "unfinished": 0, "failed": 1, "waiting": 1}
+    assert found["runs"][0] == {"run": trunk.name, "state": "done", "step": 7, "end_step": 16, "loss": 3.5}
+    assert call("study", "status", "runs/small") == 0
+    text = capsys.readouterr().out
+    assert "killed by signal 9" in text
+    assert "1 done, 1 failed, 1 waiting" in text
+
+
+def test_paper_study_is_costed_without_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "paper"
+    assert call("study", "estimate", ROOT / "studies" / "paper.toml", "--out", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert any("assumed" in note for note in found["notes"])
+    assert found["totals"]["image_share"] == 0.544
+    largest = max(found["runs"], key=lambda row: row["flops_6nd"] if row["arm"] == "early" else 0)
+    assert largest["flops_6nd"] == pytest.approx(6 * 3.35e9 * 600e9, rel=0.02)
+    assert largest["flops_6nd"] == pytest.approx(6 * largest["n"] * largest["tokens"], rel=1e-6)
+    assert not out.exists()

@@ -1,0 +1,112 @@
+"""`isofusion data inspect`: any source is found, counted and drawn; troubles are one message."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from isofusion.cli.data import _bar, app
+from isofusion.data.inspect import find_groups, inspect, segments
+from isofusion.errors import InputError
+
+SMALL = {"row_len": 64, "image_size": 16, "patch_size": 8, "tokenizer": "train:300"}
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    place = tmp_path / "in"
+    for shard in range(2):
+        pairs = []
+        for i in range(4):
+            data = b"junk" if (shard, i) == (1, 2) else files.image(10 * shard + i)
+            pairs += [(f"{i}.png", data), (f"{i}.txt", f"caption {shard} {i}".encode())]
+        files.tar(place / f"pics-{shard:06}.tar", pairs)
+    doc = json.dumps({"images": ["0.0.png", None], "texts": [None, "under it"]}).encode()
+    files.tar(place / "inter.tar", [("0.json", doc), ("0.0.png", files.image(50))])
+    files.jsonl(place / "text.jsonl", [{"text": "some words " * 60}, {"text": 3}])
+    (place / "README.md").write_text("no data")
+    return place
+
+
+def test_formats_and_shards_are_found(folder):
+    groups = find_groups(str(folder))
+    assert {key: len(files) for key, files in groups.items()} == {
+        ("pics.tar", "webdataset"): 2, ("inter.tar", "interleaved"): 1, ("text.jsonl", "text"): 1,
+    }  # fmt: skip
+    assert list(find_groups(str(folder / "pics-*.tar"))) == [("pics.tar", "webdataset")]
+    assert list(find_groups(str(folder / "text.jsonl"))) == [("text.jsonl", "text")]
+    assert list(find_groups(str(folder.parent))) != []
+
+
+def test_counts_bad_and_layout(folder):
+    entries = {e["name"]: e for e in inspect(str(folder), **SMALL)}
+    pics, text = entries["pics.tar"], entries["text.jsonl"]
+    assert (pics["documents"], pics["bad"], pics["images"]["count"]) == (7, {"broken image": 1}, 7)
+    assert pics["images"]["width"] == {"min": 20, "median": 20, "max": 20}
+    assert pics["samples"][0]["text"] == "[image 20x12] caption 0 0"
+    assert (text["documents"], text["bad"], text["images"]) == (1, {"wrong type": 1}, None)
+    assert text["packing"]["cut_documents"] == 1
+    for entry in entries.values():
+        for row in entry["rows"]:
+            assert sum(slots for _, _, slots in row) == 64
+    assert ["image", 0, 4] in entries["inter.tar"]["rows"][0]
+
+
+def test_command_prints_and_speaks_json(folder):
+    options = ["--row-len", "64", "--image-size", "16", "--tokenizer", "train:300"]
+    run = CliRunner().invoke(app, ["inspect", str(folder), *options], env={"COLUMNS": "100"})
+    assert run.exit_code == 0, run.output
+    assert "broken image 1 (12.50%)" in run.output
+    assert "pics-000001.tar: 2: broken image" in run.output
+    assert "[####" in run.output
+    run = CliRunner().invoke(app, ["inspect", str(folder), *options, "--json"])
+    assert {e["name"] for e in json.loads(run.output)} == {"pics.tar", "inter.tar", "text.jsonl"}
+
+
+def test_world_is_inspected_and_drawn(tmp_path):
+    run = CliRunner().invoke(app, ["inspect", "world", "--domain", "caption", "--json", "--row-len", "256"])
+    [entry] = json.loads(run.output)
+    assert entry["domain"] == "caption"
+    assert 0 < entry["text"]["oracle_nats_per_target"] < 3
+    out = tmp_path / "deep/sheet.png"
+    run = CliRunner().invoke(app, ["show", "world", "--out", str(out), "--n", "4"])
+    assert run.exit_code == 0, run.output
+    assert out.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_troubles_are_input_errors(tmp_path):
+    for source in ("nothing", str(tmp_path)):
+        with pytest.raises(InputError, match="nothing at"):
+            inspect(source, **SMALL)
+    (tmp_path / "x.csv").write_text("a")
+    with pytest.raises(InputError, match="known format"):
+        inspect(str(tmp_path), **SMALL)
+    (tmp_path / "x.tar").write_bytes(b"junk")
+    with pytest.raises(InputError, match="not a tar file 1"):
+        inspect(str(tmp_path / "x.tar"), **SMALL)
+    with pytest.raises(InputError, match="not a multiple of patch_size"):
+        inspect("world", image_size=20, patch_size=8)
+    with pytest.raises(InputError, match="the world has no domain"):
+        inspect("world", domain="sound")
+
+
+def test_bar_is_as_long_as_it_should_be():
+    row = [["text", 0, 10], ["image", 0, 20], ["text", 1, 3], ["pad", -1, 7]]
+    drawn = _bar(row, 40).plain
+    assert drawn == "[=========####################[==......."
+    assert np.unique(list(drawn)).tolist() == ["#", ".", "=", "["]
+
+
+def test_segments_join_a_row_of_a_batch(folder):
+    from isofusion.config import DataConfig, SourceConfig
+    from isofusion.data.stream import Stream
+
+    one = SourceConfig(name="t", domain="text", format="text", weight=1, train=("text.jsonl",))
+    data = DataConfig(sources=(one,), folder=str(folder), max_bad_share=1, **SMALL)
+    batch = Stream(data, 0, "train", 3).batch(0)
+    rows = [segments(batch, r) for r in range(3)]
+    assert all(sum(s[2] for s in row) == 64 for row in rows)
+    assert sum(s[2] for row in rows for s in row if s[0] == "text") == (batch.doc_id >= 0).sum()

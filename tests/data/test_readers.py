@@ -1,0 +1,289 @@
+"""Readers: every layout is read, and every kind of damage is counted by its reason, never a crash."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from isofusion.data.compressed import unzstd
+from isofusion.data.images import BrokenImage, decode, dhash, from_patches, to_patches
+from isofusion.data.index import index_file
+from isofusion.data.readers import detect_format, open_reader
+
+
+def read(path, fmt):
+    """(index, raw segments of every good sample)."""
+    index = index_file(path, fmt)
+    reader = open_reader(path, fmt)
+    ref = [tuple(index.ref[a:b].tolist()) for a, b in zip(index.ref_ptr[:-1], index.ref_ptr[1:], strict=True)]
+    return index, [reader.raw(k, r) for k, r in zip(index.keys, ref, strict=True)]
+
+
+# ---- webdataset -----------------------------------------------------------------------------------------------------
+
+
+def test_webdataset_reads_every_layout_and_counts_every_fault(files, tmp_path):
+    png, jpg, webp = files.image(1), files.image(2, fmt="JPEG"), files.image(3, fmt="WEBP")
+    members = [
+        ("a/000.png", png), ("a/000.txt", b" a caption \n"), ("a/000.json", b"{}"),
+        ("001.x.jpg", jpg),  # KEY ends at the first dot: this is no image of 001
+        ("002.webp", webp), ("002.json", b'{"caption": "from json"}\0\0\0'),
+        ("003.jpg", jpg), ("003.txt", b"txt wins"), ("003.json", b"not json at all"),
+        ("004.jpg", jpg[: len(jpg) // 2]), ("004.txt", b"half a picture"),
+        ("005.jpg", b"no picture"), ("005.txt", b"x"),
+        ("006.jpg", jpg), ("006.txt", b"  \n"),
+        ("007.jpg", jpg),
+        ("008.txt", b"alone"),
+        ("009.jpg", jpg), ("009.json", b'{"caption": ["a"]}'),
+        ("010.jpg", jpg), ("010.json", b'{"caption": '),
+        ("011.jpg", jpg), ("011.json", b'{"url": "u"}'),
+        ("012.jpg", jpg), ("012.txt", b"\xff\xfe\xfa"),
+        ("013.jpg", jpg), ("013.jpg", jpg), ("013.txt", b"twice"),
+        ("nosuffix", b""),
+    ]  # fmt: skip
+    index, samples = read(files.tar(tmp_path / "d/x.tar", members), "webdataset")
+    assert index.keys == ["a/000", "002", "003", "013"]
+    assert samples == [(png, "a caption"), (webp, "from json"), (jpg, "txt wins"), (jpg, "twice")]
+    assert index.bad == {
+        "missing image": 2, "broken image": 2, "empty caption": 1, "missing caption": 2, "wrong type": 1,
+        "broken json": 1, "text is not UTF-8": 1, "member twice": 1, "tar member without KEY.suffix": 1,
+    }  # fmt: skip
+    assert index.image_size.tolist() == [[12, 20]] * 4
+    assert any(key == "004" and reason == "broken image" for key, reason, _ in index.examples)
+    assert index.unread == 0
+
+
+@pytest.mark.parametrize("where", ["data", "header", "boundary"])
+def test_truncated_tar_keeps_what_is_whole_and_says_how_much_is_lost(files, tmp_path, where):
+    members = [m for i in range(6) for m in ((f"{i}.jpg", files.image(i, (64, 64), "PNG")), (f"{i}.txt", b"c"))]
+    path = files.tar(tmp_path / "t.tar", members)
+    whole = path.read_bytes()
+    block = 512 + -(-len(members[0][1]) // 512) * 512 + 1024
+    keep = {"data": 2 * block + 700, "header": 2 * block + 100, "boundary": 2 * block}[where]
+    path.write_bytes(whole[:keep])
+    index, samples = read(path, "webdataset")
+    assert len(samples) == 2
+    assert index.bad["truncated tar"] == 1
+
+
+def test_tar_with_a_damaged_header_inside_is_not_taken_for_a_short_one(files, tmp_path):
+    members = [m for i in range(6) for m in ((f"{i}.png", files.image(i)), (f"{i}.txt", b"c"))]
+    path = files.tar(tmp_path / "t.tar", members)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"3.png")
+    data[at : at + 512] = b"\xee" * 512
+    path.write_bytes(data)
+    index, samples = read(path, "webdataset")
+    assert len(samples) == 3
+    assert index.bad == {"truncated tar": 1}
+    assert index.unread == len(data) - at
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 2000])
+def test_no_tar_at_all(tmp_path, content):
+    path = tmp_path / "t.tar"
+    path.write_bytes(content)
+    index = index_file(path, "webdataset")
+    assert index.n == 0
+    assert index.bad == {"not a tar file": 1}
+
+
+# ---- interleaved ----------------------------------------------------------------------------------------------------
+
+
+def test_interleaved_parquet_with_structs_and_links(files, tmp_path):
+    one, two = files.image(1), files.image(2, fmt="JPEG")
+    good = {"images": [None, {"bytes": one, "path": "p"}, None, None], "texts": ["a", None, "b", "c"]}
+    rows = [
+        good,
+        {"images": [{"bytes": None, "path": "http://x"}, None], "texts": [None, "b"]},
+        {"images": [{"bytes": two, "path": None}, None], "texts": ["both", "b"]},
+        {"images": [None, None], "texts": [None, "neither"]},
+        {"images": [{"bytes": two, "path": None}], "texts": [None, "longer"]},
+        {"images": None, "texts": ["x"]},
+        {"images": [{"bytes": two[:50], "path": None}, None], "texts": [None, "t"]},
+        {"images": [{"bytes": two, "path": None}], "texts": [None]},
+        {"images": [{"bytes": two, "path": None}, None], "texts": [None, "last"]},
+    ]
+    kind = pa.schema(
+        [
+            ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+            ("texts", pa.list_(pa.string())),
+        ]
+    )
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=kind), path, row_group_size=4)
+    index, samples = read(path, "interleaved")
+    assert samples == [("a", one, "b\n\nc"), (two, "last")]
+    assert index.keys == ["0.0", "2.0"]
+    assert index.bad == {
+        "image is only a link": 1, "not exactly one of image and text": 2, "images and texts differ in length": 1,
+        "wrong type": 1, "broken image": 1, "document without text": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["binary", "string", "texts", "columns", "garbage"])
+def test_interleaved_parquet_of_other_column_types(files, tmp_path, kind):
+    path = tmp_path / "x.parquet"
+    png = files.image(1)
+    images = pa.array([[png, None]], pa.list_(pa.binary()))
+    texts = pa.array([[None, "t"]], pa.list_(pa.string()))
+    if kind == "string":
+        images = pa.array([["http://x/y.jpg", None]], pa.list_(pa.string()))
+    if kind == "texts":
+        texts = pa.array([[None, 7]], pa.list_(pa.int64()))
+    pq.write_table(pa.table({"images": images, "caption" if kind == "columns" else "texts": texts}), path)
+    if kind == "garbage":
+        path.write_bytes(path.read_bytes()[:-20])
+    index, samples = read(path, "interleaved")
+    expected = {
+        "binary": {}, "string": {"image is only a link": 1}, "texts": {"wrong type": 1},
+        "columns": {"no column texts": 1}, "garbage": {"not a parquet file": 1},
+    }  # fmt: skip
+    assert index.bad == expected[kind]
+    assert samples == ([(png, "t")] if kind == "binary" else [])
+
+
+def test_interleaved_tar(files, tmp_path):
+    one, two = files.image(1, fmt="JPEG"), files.image(2, fmt="JPEG")
+
+    def doc(images, texts):
+        return json.dumps({"images": images, "texts": texts}).encode()
+
+    members = [
+        ("a/0.json", doc([None, "a/0.0.jpg", None, "0.1.jpg"], ["t", None, "u", None]) + b"\0\0"),
+        ("a/0.0.jpg", one), ("a/0.1.jpg", two),
+        ("a/1.json", doc(["a/1.0.jpg", None], [None, "t"])),
+        ("a/2.json", b"{"),
+        ("a/3.json", doc([None, 5], ["t", None])),
+        ("a/4.json", doc(["a/4.0.jpg", None], [None, "t"])), ("a/4.0.jpg", b"broken"),
+    ]  # fmt: skip
+    path = files.tar(tmp_path / "x.tar", members)
+    index, samples = read(path, "interleaved")
+    assert samples == [("t", one, "u", two)]
+    assert index.bad == {"missing image": 1, "broken json": 1, "wrong type": 1, "broken image": 1}
+    assert detect_format(path) == "interleaved"
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"text": " one "}, {"content": "two"}, {"text": None, "content": "three"}, b"", {"text": ""}, ["list"], {"x": 1},
+    {"text": 5}, b'{"text": "cut', b'{"text": "\xff"}', {"text": "four"},
+]  # fmt: skip
+BAD = {"empty text": 1, "wrong type": 2, "no text field": 1, "broken json": 1, "text is not UTF-8": 1}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_text_lines(files, tmp_path, suffix):
+    plain = files.jsonl(tmp_path / "x.jsonl", ROWS)
+    data = plain.read_bytes()
+    path = tmp_path / f"y.jsonl{suffix}"
+    half = len(data) // 2
+    zst = zstandard.ZstdCompressor()
+    path.write_bytes(
+        {"": data, ".gz": gzip.compress(data), ".zst": zst.compress(data[:half]) + zst.compress(data[half:])}[suffix]
+    )
+    assert detect_format(path) == "text"
+    index, samples = read(path, "text")
+    assert samples == [("one",), ("two",), ("three",), ("four",)]
+    assert index.keys == ["1", "2", "3", "11"]
+    assert index.bad == BAD
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "reason", "lost_bytes"),
+    [
+        (".gz", "truncated", "truncated gzip file", False),
+        (".zst", "truncated", "truncated zstd file", False),
+        (".gz", "foreign", "broken gzip file", True),
+        (".zst", "foreign", "broken zstd file", True),
+        (".gz", "flipped", "broken gzip file", True),
+    ],
+)
+def test_damaged_compressed_text(files, tmp_path, suffix, damage, reason, lost_bytes):
+    rng = np.random.default_rng(0)
+    rows = [{"text": rng.bytes(200).hex()} for _ in range(4000)]
+    data = files.jsonl(tmp_path / "x.jsonl", rows).read_bytes()
+    packed = gzip.compress(data) if suffix == ".gz" else zstandard.ZstdCompressor().compress(data)
+    if damage == "truncated":
+        packed = packed[: len(packed) // 2]
+    elif damage == "flipped":
+        packed = packed[: len(packed) // 3] + bytes(2000) + packed[len(packed) // 3 + 2000 :]
+    else:
+        packed = b"not compressed" * 100
+    path = tmp_path / f"y.jsonl{suffix}"
+    path.write_bytes(packed)
+    for _ in range(2):  # the second time from the unpacked copy
+        index = index_file(path, "text")
+        assert index.bad[reason] == 1
+        assert (index.unread > 0) == lost_bytes
+        assert (index.n > 500) == (damage != "foreign")
+        for file in (tmp_path / "cache/index/v1").iterdir():
+            file.unlink()
+
+
+def test_zstd_frames_larger_than_a_chunk(tmp_path):
+    data = np.random.default_rng(0).bytes(3 << 20)
+    (tmp_path / "z").write_bytes(zstandard.ZstdCompressor().compress(data) * 2)
+    with (tmp_path / "z").open("rb") as file:
+        assert b"".join(unzstd(file)) == data * 2
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_alpha_and_palette_are_laid_on_white(files):
+    import io
+
+    from PIL import Image
+
+    rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    rgba.putpixel((0, 0), (10, 20, 30, 255))
+    out = io.BytesIO()
+    rgba.save(out, "PNG")
+    pixels = decode(out.getvalue())
+    assert pixels[0, 0].tolist() == [10, 20, 30]
+    assert (pixels[1:] == 255).all()
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.putpixel((1, 0), 1)
+    out = io.BytesIO()
+    palette.save(out, "PNG", transparency=0)
+    pixels = decode(out.getvalue())
+    assert pixels[0, 1].tolist() == [9, 9, 9]
+    assert pixels[3, 3].tolist() == [255, 255, 255]
+    deep = io.BytesIO()
+    Image.fromarray(np.full((3, 3), 0x8000, np.uint16)).save(deep, "PNG")
+    assert (decode(deep.getvalue()) == 128).all()
+
+
+def test_patches_are_row_major_and_invertible(files):
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    patches = to_patches(pixels, 8, 4)
+    assert patches.shape == (4, 48)
+    assert (patches[1].reshape(4, 4, 3) == pixels[:4, 4:]).all()
+    assert (patches[2].reshape(4, 4, 3) == pixels[4:, :4]).all()
+    assert (from_patches(patches, 4) == pixels).all()
+    assert to_patches(decode(files.image(1)), 16, 8).shape == (4, 192)
+
+
+def test_dhash_survives_resizing_and_tells_pictures_apart(files):
+    def bits(a, b):
+        return bin(dhash(decode(files.image(*a))) ^ dhash(decode(files.image(*b)))).count("1")
+
+    assert bits((1, (200, 160)), (1, (150, 120), "JPEG")) <= 2
+    assert bits((1, (200, 160)), (2, (200, 160))) > 10
+
+
+def test_every_prefix_of_an_image_is_broken_or_whole(files):
+    data = files.image(1, (64, 64), "JPEG")
+    for cut in range(0, len(data) - 50, 97):
+        with pytest.raises(BrokenImage):
+            decode(data[:cut])

@@ -1,0 +1,368 @@
+"""The stream: a pure function of (settings, seed, step); epochs, validation, the ledger, the cache of world blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from isofusion.config import DataConfig, SourceConfig
+from isofusion.data import endless, finite, stream
+from isofusion.data.sample import Image, Sample, Text
+from isofusion.data.stream import Stream
+from isofusion.errors import InputError
+
+WORDS = [f"word{i}" for i in range(200)]
+
+
+def prose(seed, n):
+    rng = np.random.default_rng(seed)
+    return " ".join(rng.choice(WORDS, n)) + f" document {seed}"
+
+
+def write_corpus(files, folder):
+    for split, start, count in (("train", 0, 24), ("val", 1000, 7)):
+        pairs = []
+        for i in range(start, start + count):
+            pairs += [(f"{i:05}.png", files.image(i)), (f"{i:05}.txt", prose(i, 6).encode())]
+        files.tar(folder / f"c-{split}.tar", pairs)
+        sizes = np.random.default_rng(start).integers(5, 90, count)
+        files.jsonl(
+            folder / f"t-{split}.jsonl", [{"text": prose(start + 5000 + i, int(s))} for i, s in enumerate(sizes)]
+        )
+    return folder
+
+
+def config(folder, **kw):
+    def source(name, domain, fmt, weight, stem):
+        return SourceConfig(
+            name=name, domain=domain, format=fmt, weight=weight, train=(f"{stem}-train.*",), val=(f"{stem}-val.*",)
+        )
+
+    settings = {
+        "folder": str(folder), "row_len": 64, "image_size": 16, "patch_size": 8,
+        "tokenizer": "train:400", "val_rows": 6,
+        "sources": (source("cap", "caption", "webdataset", 0.6, "c"), source("txt", "text", "text", 0.4, "t")),
+    }  # fmt: skip
+    return DataConfig(**{**settings, **kw})
+
+
+def fingerprint(batch) -> str:
+    h = hashlib.sha256(repr(batch.keys).encode())
+    for name in ("token_ids", "targets", "doc_id", "image_id", "position", "patches", "patch_slot", "domain", "oracle"):
+        h.update(np.ascontiguousarray(getattr(batch, name)).tobytes())
+    return h.hexdigest()
+
+
+@pytest.fixture
+def corpus(files, tmp_path):
+    return write_corpus(files, tmp_path / "data")
+
+
+CHILD = """
+import sys
+sys.path[:0] = [{tests!r}]
+from isofusion.config import DataConfig
+from isofusion.data.stream import Stream
+from test_stream import fingerprint
+s = Stream(DataConfig.model_validate_json(sys.argv[1]), 5, "train", 4)
+for step in map(int, sys.argv[2].split(",")):
+    print(step, fingerprint(s.batch(step)))
+"""
+
+
+def test_order_does_not_depend_on_processes_or_history(corpus):
+    """One process forwards, and two processes that take turns, one of them backwards, give the same bytes."""
+    data = config(corpus)
+    steps = list(range(24))
+    s = Stream(data, 5, "train", 4)
+    assert s.report(24)["sources"][0]["epochs"] > 2  # epoch borders are inside
+    alone = {step: fingerprint(s.batch(step)) for step in steps}
+    assert len(set(alone.values())) == len(steps)
+    code = CHILD.format(tests=str(Path(__file__).parent))
+    env = {**os.environ, "PYTHONPATH": str(Path(stream.__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1"}
+    shares = [steps[1::2][::-1], steps[0::2]]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, data.model_dump_json(), ",".join(map(str, share))],
+            env=env, stdout=subprocess.PIPE, text=True,
+        )
+        for share in shares
+    ]  # fmt: skip
+    shared = {}
+    for worker in workers:
+        out, _ = worker.communicate(timeout=60)
+        assert worker.returncode == 0
+        shared.update((int(a), b) for a, b in (line.split() for line in out.splitlines()))
+    assert shared == alone
+    backwards = Stream(data, 5, "train", 4)
+    assert {step: fingerprint(backwards.batch(step)) for step in reversed(steps)} == alone
+
+
+def test_rows_do_not_depend_on_how_many_go_into_a_step(corpus):
+    small, large = (Stream(config(corpus), 5, "train", r) for r in (2, 6))
+    ids = np.concatenate([small.batch(s).token_ids for s in range(9)])
+    assert np.array_equal(ids, np.concatenate([large.batch(s).token_ids for s in range(3)]))
+
+
+def test_every_epoch_shows_every_document_once_and_whole(corpus):
+    s = Stream(config(corpus), 5, "train", 1)
+    for source in s.sources:
+        orders = []
+        for epoch in (0, 1, 2):
+            keys, ids = [], {}
+            first = sum(source.rows_of(e) for e in range(epoch))
+            for j in range(first, first + source.rows_of(epoch)):
+                rows, r = source.row(j)
+                for d, key in enumerate(rows.batch.keys):
+                    slots = (rows.batch.doc_id == d) & (rows.batch.modality == 0)
+                    ids[key] = rows.batch.token_ids[slots]
+                keys += rows.batch.keys
+                assert r == 0
+            assert len(set(keys)) == len(keys)
+            orders.append([k.split(":")[2] for k in keys])
+            for d in range(len(source.documents)):
+                name = f"{source.name}:{epoch}:{source.documents.key(d)}"
+                pieces = (
+                    [ids[name]]
+                    if name in ids
+                    else [ids[f"{name}:{p}"] for p in range(source.piece_ptr[d + 1] - source.piece_ptr[d])]
+                )
+                text = np.concatenate(pieces)
+                [raw] = [x for x in source.documents.raw(d) if isinstance(x, str)]
+                assert s.tokenizer.decode(text) == raw
+                assert (text == s.tokenizer.eos_id).sum() == 1
+                assert pieces[-1][-1] == s.tokenizer.eos_id
+                assert all(p[0] == s.tokenizer.bos_id for p in pieces)
+        assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+        assert orders[0] != orders[1]
+
+
+def test_images_land_with_their_captions(corpus, files):
+    from isofusion.data.images import decode, to_patches
+
+    s = Stream(config(corpus), 5, "train", 8)
+    b = s.batch(0)
+    seen = 0
+    for d, key in enumerate(b.keys):
+        if key.startswith("cap:"):
+            [slot] = np.unique(b.image_id[(b.doc_id == d) & (b.modality == 1)])
+            where = b.image_id[b.patch_slot] == slot
+            number = int(key.rpartition("/")[2])
+            assert np.array_equal(b.patches[where], to_patches(decode(files.image(number)), 16, 8))
+            seen += 1
+    assert seen > 5
+
+
+def test_without_an_image_store_the_batches_are_the_same(corpus, monkeypatch, tmp_path):
+    stored = Stream(config(corpus), 5, "train", 4).batch(3)
+    monkeypatch.setattr(finite, "STORE_BYTES", 0)
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "other"))
+    assert fingerprint(Stream(config(corpus), 5, "train", 4).batch(3)) == fingerprint(stored)
+    assert not (tmp_path / "other/images").exists()
+
+
+def test_validation_is_one_for_all_and_repeats_nothing(corpus):
+    one, two = Stream(config(corpus), 0, "val", 2), Stream(config(corpus), 9, "val", 2)
+    for domain in ("caption", "text"):
+        a, b = one.val_batches(domain), two.val_batches(domain)
+        assert [fingerprint(x) for x in a] == [fingerprint(x) for x in b]
+        assert all(x.rows == 2 for x in a[:-1])
+        keys = [k for x in a for k in x.keys]
+        assert len(set(keys)) == len(keys)
+        assert sum(x.rows for x in a) <= 6
+    caption = {k.split(":")[2] for x in one.val_batches("caption") for k in x.keys}
+    assert len(caption) == 7  # all of them, once, although six rows were asked for
+    with pytest.raises(InputError, match="no validation source for domain 'interleaved'"):
+        one.val_batches("interleaved")
+
+
+def test_ledger_counts_what_the_batches_hold(corpus):
+    s = Stream(config(corpus), 5, "train", 4)
+    for steps in (1, 7, 30):
+        report = s.report(steps)
+        batches = [s.batch(i) for i in range(steps)]
+        for code, entry in zip((0, 2), report["sources"], strict=True):
+            text = image = rows = 0
+            keys: list[str] = []
+            pictures: set[bytes] = set()
+            for b in batches:
+                mine = b.domain == code
+                rows += mine.sum() // b.row_len
+                text += (mine & (b.doc_id >= 0) & (b.modality == 0)).sum()
+                image += (mine & (b.modality == 1)).sum()
+                keys += [k for k in b.keys if k.startswith(entry["name"] + ":")]
+                pictures |= (
+                    {b.patches[i : i + 4].tobytes() for i in range(0, len(b.patches), 4)} if code == 0 else set()
+                )
+            assert (entry["rows"], entry["text_tokens"], entry["image_tokens"]) == (rows, text, image)
+            assert entry["unique_images"] == len(pictures)
+            assert entry["unique_tokens"] <= entry["text_tokens"]
+            if code == 0:
+                assert entry["documents"] == len(keys)
+        assert sum(e["share_tokens"] for e in report["sources"]) == pytest.approx(1)
+    assert any("more than 4 epochs" in w for w in s.report(100)["warnings"])
+    assert not s.report(1)["warnings"]
+
+
+def test_fingerprint_follows_data_tokenizer_and_packing_not_place_or_seed(corpus, files, tmp_path):
+    base = Stream(config(corpus), 1, "train", 4).fingerprint
+    twin = write_corpus(files, tmp_path / "twin")
+    assert Stream(config(twin), 2, "train", 8).fingerprint == base
+    files.jsonl(twin / "t-train.jsonl", [{"text": "other words than before"}] * 9)
+    others = [
+        config(corpus, row_len=96),
+        config(corpus, image_size=8),
+        config(corpus, tokenizer="train:300"),
+        config(twin),
+    ]
+    assert len({base, *(Stream(c, 1, "train", 4).fingerprint for c in others)}) == 5
+
+
+def test_near_duplicates(files, tmp_path):
+    folder = write_corpus(files, tmp_path / "data")
+    pairs = [("1.jpg", files.image(3, (40, 24), "JPEG")), ("1.txt", b"another text for a picture seen in training")]
+    pairs += [
+        ("2.png", files.image(4)),
+        ("2.txt", prose(5, 6).encode()),
+        ("3.png", files.image(900)),
+        ("3.txt", b"new"),
+    ]
+    files.tar(folder / "c-val.tar", pairs)
+    found = Stream(config(folder), 0, "val", 1).near_duplicates()
+    assert found["cap"] == {
+        "documents": 3, "same_text": 1, "paragraphs": 0, "same_paragraph": 0, "images": 3, "same_image": 1,
+        "images_checked": 3, "near_image": 2,
+    }  # fmt: skip
+    assert found["txt"]["same_text"] == 0
+
+
+def test_bad_settings(corpus, tmp_path):
+    world = SourceConfig(name="w", domain="text", format="world", weight=1)
+    with pytest.raises(InputError, match="cannot spell the text of cap, txt"):
+        Stream(config(corpus, tokenizer="world"), 0, "train", 4)
+    with pytest.raises(InputError, match=r"need data\.tokenizer = 'world'"):
+        Stream(config(corpus, sources=(world,)), 0, "train", 4)
+    with pytest.raises(InputError, match="repeat each other"):
+        Stream(DataConfig(sources=(world, world.model_copy(update={"name": "v"}))), 0, "train", 4)
+    with pytest.raises(InputError, match="there is no data folder"):
+        Stream(config(tmp_path / "nowhere"), 0, "train", 4)
+    with pytest.raises(InputError, match="rows_per_step"):
+        Stream(config(corpus), 0, "train", 0)
+
+
+# ---- the world ------------------------------------------------------------------------------------------------------
+
+
+class FakeTokenizer:
+    vocab_size, pad_id, bos_id, eos_id, image_id, digest = 64, 0, 1, 2, 3, "fake"
+
+
+class FakeWorld:
+    """Documents of 1-2 images and some words, all from the four arguments."""
+
+    tokenizer = FakeTokenizer()
+    digest = "fake world"
+    calls = 0
+    longest = 12
+
+    def sample(self, seed, domain, block, i):
+        FakeWorld.calls += 1
+        rng = np.random.default_rng([seed, len(domain), block, i])
+        words = rng.integers(4, 64, rng.integers(3, self.longest)).astype(np.int32)
+        text = Text(ids=words, token_class=(words % 5).astype(np.uint8), oracle=words.astype(np.float32))
+        images = tuple(Image(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(rng.integers(0, 3)))
+        meta = {"eos_oracle": 2.0, "eos_class": 2, "lookups": tuple(words[:2].tolist()), "exposures": len(words)}
+        return Sample(f"{block}.{i}", (*images, text), meta)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(stream, "open_world", lambda data: FakeWorld())
+    sources = tuple(
+        SourceConfig(name=f"w-{d}", domain=d, format="world", weight=w) for d, w in (("caption", 3), ("text", 2))
+    )
+    return DataConfig(sources=sources, row_len=48, image_size=16, patch_size=8, val_rows=10)
+
+
+def test_world_blocks_are_generated_once_for_all_runs(fake):
+    s = Stream(fake, 0, "train", 8)
+    batches = [fingerprint(s.batch(i)) for i in range(20)]
+    calls = FakeWorld.calls
+    again = Stream(fake, 0, "train", 8)
+    assert [fingerprint(again.batch(i)) for i in reversed(range(20))] == batches[::-1]
+    assert FakeWorld.calls == calls
+    assert fingerprint(Stream(fake, 1, "train", 8).batch(0)) != batches[0]
+    assert FakeWorld.calls > calls
+
+
+def test_world_rows_carry_targets_classes_and_oracle(fake):
+    b = Stream(fake, 0, "train", 16).batch(0)
+    aimed = b.targets >= 0
+    assert np.array_equal(b.oracle[aimed], b.targets[aimed])  # the fake's oracle is its token id; EOS is 2 and 2.0
+    assert np.isnan(b.oracle[~aimed]).all()
+    expected = np.where(b.targets == 2, 2, b.targets % 5)
+    assert np.array_equal(b.token_class[aimed], expected[aimed])
+    assert (b.doc_id >= 0).mean() > 0.85
+
+
+def test_world_train_and_validation_share_nothing_even_at_one_seed(fake):
+    train, val = Stream(fake, fake.val_seed, "train", 10), Stream(fake, 7, "val", 10)
+    assert not np.array_equal(train.batch(0).token_ids, val.batch(0).token_ids)
+    [a] = val.val_batches("text")
+    [b] = Stream(fake, 8, "val", 10).val_batches("text")
+    assert fingerprint(a) == fingerprint(b)
+    assert set(a.domain.tolist()) == {2}
+
+
+def test_world_exposures_and_lookups(fake):
+    s = Stream(fake, 0, "train", 8)
+    before = s.exposures(40)
+    assert s.report(40)["estimated"]
+    words = sum(int((b.targets >= 4).sum()) for b in (s.batch(i) for i in range(40)))
+    s.batch(47)
+    assert abs(before - words) < 0.1 * words  # an estimate from one block a domain
+    assert s.exposures(40) == words
+    assert not s.report(40)["estimated"]
+    val = Stream(fake, 0, "val", 4)
+    texts = val.val_batches("text")
+    assert len(val.val_lookups("text")) == 2 * sum(len(b.keys) for b in texts)
+
+
+def test_damaged_world_block_is_generated_again(fake, tmp_path):
+    s = Stream(fake, 0, "train", 8)
+    good = fingerprint(s.batch(0))
+    for path in (tmp_path / "cache/world").rglob("*.blk"):
+        data = bytearray(path.read_bytes())
+        data[-40] ^= 255
+        path.write_bytes(data)
+    calls = FakeWorld.calls
+    assert fingerprint(Stream(fake, 0, "train", 8).batch(0)) == good
+    assert FakeWorld.calls > calls
+
+
+def test_a_world_document_longer_than_a_row_is_refused(fake, monkeypatch):
+    monkeypatch.setattr(FakeWorld, "longest", 60)
+    with pytest.raises(InputError, match="raise row_len"):
+        Stream(fake, 0, "train", 128).batch(0)
+
+
+def test_the_world_itself():
+    sources = tuple(
+        SourceConfig(name=d, domain=d, format="world", weight=1) for d in ("caption", "interleaved", "text")
+    )
+    data = DataConfig(sources=sources, row_len=256, image_size=48, patch_size=8, val_rows=4)
+    s = Stream(data, 0, "train", 6)
+    b = s.batch(0)
+    aimed = b.targets >= 0
+    assert np.isfinite(b.oracle[aimed]).all()
+    assert (b.token_class[aimed] > 0).all()
+    assert s.exposures(10) > 0
+    assert len(Stream(data, 0, "val", 4).val_lookups("caption")) > 0
+    assert s.tokenizer.vocab_size == 512
+    assert endless.split_seed("train", 3) == 6

@@ -1,0 +1,190 @@
+"""Stated log-probabilities against brute force: all choices enumerated on tiny worlds, grouped by *visible* history."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from isofusion.config import WorldConfig
+from isofusion.data.sample import Image
+from isofusion.data.world import World, interleaved, text
+from isofusion.data.world.document import Document
+
+SCENE_LABELS = ("count", "cell", "frame", "sign", "digit", "entity", "colour")
+STILL = dict.fromkeys(SCENE_LABELS, (0,))  # one and the same image
+
+
+class Stop(Exception):
+    pass
+
+
+class Enumerator:
+    """Stands in for Chooser: follows a script of outcomes, takes the first possible one beyond its end."""
+
+    def __init__(self, script, pinned):
+        self.script, self.pinned = script, pinned
+        self.at, self.p, self.wide = 0, 1.0, []
+
+    def choose(self, dist, label):
+        options = [i for i in range(len(dist.probs)) if dist.probs[i] > 0]
+        if label in self.pinned:  # fewer scenes or structures: allowed, because these choices cost no nats
+            options = [i for i in options if i in self.pinned[label]] or options[:1]
+        total = math.fsum(dist.probs[i] for i in options)
+        if self.at == len(self.script):
+            self.script.append(0)
+        pick = self.script[self.at]
+        self.wide.append(len(options))
+        self.at += 1
+        self.p *= dist.probs[options[pick]] / total
+        return options[pick]
+
+    def hidden(self, n):
+        return np.zeros(n, np.uint8)
+
+
+class Limited(Document):
+    limit = 0
+
+    def put(self, token, kind, nats=0.0):
+        super().put(token, kind, nats)
+        self.limit -= 1
+        if self.limit == 0:
+            raise Stop
+
+
+def enumerate_all(world, domain, pinned, limit):
+    """Yields (probability, [(event, nats or None)]) of each path; an event is a token, "eos" or an image's bytes."""
+    script = []
+    while True:
+        chooser = Enumerator(script, pinned)
+        doc = Limited(chooser, world.max_len, world.patches_per_image, world.entities, world._renderer)
+        doc.limit = limit
+        whole = True
+        try:
+            world.write(domain, doc)
+        except Stop:
+            whole = False
+        sample = doc.finish("")
+        events = []
+        for s in sample.segments:
+            if isinstance(s, Image):
+                events.append((s.pixels.tobytes(), None))
+            else:
+                events += list(zip(s.ids.tolist(), s.oracle.tolist(), strict=True))
+        if whole:
+            events.append(("eos", sample.meta["eos_oracle"]))
+        yield chooser.p, events
+        del script[chooser.at :]
+        while script and script[-1] + 1 == chooser.wide[len(script) - 1]:
+            script.pop()
+        if not script:
+            return
+        script[-1] += 1
+
+
+def check(world, domain, pinned, limit):
+    """-log p(event | visible history, text comes next), by summing paths, is what the writer says."""
+    mass, among_text, stated = defaultdict(float), defaultdict(float), {}
+    total, paths = 0.0, 0
+    for p, events in enumerate_all(world, domain, pinned, limit):
+        total, paths = total + p, paths + 1
+        history = ()
+        for event, nats in events:
+            step = (history, event)
+            mass[step] += p
+            if nats is not None:
+                among_text[history] += p
+                assert math.isclose(stated.setdefault(step, nats), nats, abs_tol=1e-6)
+            history = hash(step)
+    assert math.isclose(total, 1.0, abs_tol=1e-9)
+    for step, nats in stated.items():
+        assert math.isclose(nats, -math.log(mass[step] / among_text[step[0]]), abs_tol=2e-5), step[1]
+    assert any(nats > 0 for nats in stated.values())
+    return paths, len(stated)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return World(WorldConfig(seed=3, entity_bits=2))
+
+
+def test_captions_over_many_scenes(tiny):
+    pinned = {"count": (0, 1), "cell": (0, 5), "frame": (1,), "digit": (3,), "colour": (0, 1), "structure": (0,)}
+    paths, _ = check(tiny, "caption", pinned, 7)
+    assert paths > 1000
+
+
+def test_captions_to_the_end_with_questions_after(tiny):
+    paths, events = check(tiny, "caption", STILL | {"structure": (0,)}, 0)
+    assert paths > 5000
+    assert events > 5000
+
+
+def test_captions_to_the_end_with_questions_before(tiny):
+    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1,)}, 15)[0] > 1000
+
+
+def test_the_frame_decides_the_answer_and_nothing_else_does(tiny):
+    pinned = STILL | {"frame": (0, 1, 2, 3), "structure": (1, 0)}
+    paths, _ = check(tiny, "caption", pinned | {"cell": (4,)}, 4)
+    assert paths >= 16 * 12
+
+
+def test_interleaved_extras_nicknames_and_references(tiny, monkeypatch):
+    monkeypatch.setattr(interleaved, "MAX_EXTRAS", 1)
+    monkeypatch.setattr(interleaved, "P_ASK_FIRST", 0.0)
+    monkeypatch.setattr(interleaved, "P_END", (0.0, 0.3, 1.0))
+    assert check(tiny, "interleaved", STILL, 0)[0] > 1000
+
+
+def test_interleaved_questions_before_and_the_end(tiny, monkeypatch):
+    monkeypatch.setattr(interleaved, "MAX_EXTRAS", 0)
+    monkeypatch.setattr(interleaved, "P_END", (0.0, 0.3, 1.0))
+    assert check(tiny, "interleaved", STILL | {"structure": (0,)}, 0)[0] > 300
+
+
+def test_interleaved_two_entities_two_extras(tiny):
+    assert check(tiny, "interleaved", STILL | {"count": (1,), "structure": (0,)}, 14)[0] > 300
+
+
+def test_text_opening(monkeypatch):
+    monkeypatch.setattr(text, "MIN_WORDS", 1)
+    assert check(World(WorldConfig(seed=3, entity_bits=6)), "text", {}, 3)[0] > 4000
+
+
+def test_text_facts_sums_and_the_end(tiny, monkeypatch):
+    monkeypatch.setattr(text, "KIND", (0.0, 0.8, 0.1, 0.1))
+    monkeypatch.setattr(text, "MIN_LEN", 4)
+    assert check(tiny, "text", {}, 8)[0] > 500
+
+
+def test_brute_force_notices_a_wrong_oracle(tiny, monkeypatch):
+    """The check itself must be able to fail: price a certain word at 0.1 nats."""
+    put = Limited.put
+    monkeypatch.setattr(Limited, "put", lambda self, token, kind, nats=0.0: put(self, token, kind, nats + 0.1))
+    with pytest.raises(AssertionError):
+        check(tiny, "caption", STILL | {"structure": (0,)}, 6)
+
+
+def test_names_in_text_cost_their_zipf_entropy():
+    world = World(WorldConfig(entity_bits=12))
+    e = world.entities
+    np.testing.assert_allclose(e.name_nats.sum(1), -np.log(e.p), rtol=1e-4)
+    first = defaultdict(float)
+    for s, nats in zip(e.names[:, 0].tolist(), e.name_nats[:, 0].tolist(), strict=True):
+        first[s] = math.exp(-nats)
+    assert math.isclose(sum(first.values()), 1.0, rel_tol=1e-5)
+
+
+def test_rule_entropy_is_about_two_nats():
+    assert math.isclose(text.entropy_per_rule_word(), text.RULE_NATS, abs_tol=1e-9)
+    world = World(WorldConfig(entity_bits=10))
+    rule = World.CLASSES.index("rule")
+    nats = []
+    for i in range(150):
+        for s in world.sample(0, "text", 0, i).segments:
+            nats += s.oracle[s.token_class == rule].tolist()
+    assert abs(np.mean(nats) - 2.0) < 0.15

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from isofusion.errors import InputError
+from isofusion.laws.bootstrap import bootstrap
+from isofusion.laws.fit import fit_law
+from isofusion.laws.forms import Params
+from isofusion.laws.frontier import (
+    Cost,
+    closed_form,
+    compute_optimal,
+    envelope,
+    exponents,
+    optimum,
+    regress_allocation,
+)
+from isofusion.laws.table import Runs
+
+
+@pytest.fixture(scope="module")
+def clean(simulate: Callable[..., Runs]) -> Runs:
+    return simulate(np.random.default_rng(0), trunk=0.0, branch=0.0)
+
+
+def test_epoch_tokens_per_parameter(epoch240: Runs) -> None:
+    fit = fit_law(epoch240, grid=8)
+    assert float(exponents(fit.params)["a"]) == pytest.approx(0.513900, abs=1e-6)
+    best = compute_optimal(fit, 5.76e23, cost=Cost.six_nd())
+    assert best.d[0] / best.n[0] == pytest.approx(17.921, rel=1e-4)
+
+
+def test_closed_form_is_the_numeric_optimum(truth: Params) -> None:
+    c = np.array([1e19, 1e21, 1e23])
+    n, d, loss = closed_form(truth, c)
+    numeric = optimum(truth, Cost.six_nd(), c, (1e5, 1e14))
+    np.testing.assert_allclose(numeric.n, n, rtol=1e-4)
+    np.testing.assert_allclose(numeric.loss, loss, rtol=1e-12)
+    np.testing.assert_allclose(6 * numeric.n * numeric.d, c)
+    for shift in (0.9, 1.1):  # any other size is worse
+        assert (truth.predict(n * shift, d / shift) > loss).all()
+    assert not numeric.edge.any()
+    assert optimum(truth, Cost.six_nd(), 1e23, (1e5, 1e7)).edge.all()
+
+
+def test_optimum_along_a_measured_cost(clean: Runs) -> None:
+    """Late fusion: C = 6 D (f N_v + N_t) with N_v = 1.3 N^0.9 is no power law; brute force is the reference."""
+
+    def per_token(n: np.ndarray) -> np.ndarray:
+        return 6 * (0.54 * 1.3 * n**0.9 + (n - 1.3 * n**0.9))
+
+    late = replace(clean, c=per_token(clean.n) * clean.d, compute="exact")
+    cost = Cost.of(late)
+    assert cost.kind == "measured"
+    assert cost.spread < 1e-12
+    np.testing.assert_allclose(cost.per_token(late.n), per_token(late.n), rtol=1e-12)
+    np.testing.assert_allclose(cost.per_token(1e11), per_token(np.array(1e11)), rtol=0.05)
+    np.testing.assert_allclose(cost.size(late.c, late.d), late.n, rtol=1e-2)
+    fit = fit_law(late, grid=8)
+    c = 3e20
+    n = np.geomspace(3e8, 3e9, 20001)
+    losses = fit.predict(n, c / per_token(n))
+    best = compute_optimal(fit, c)
+    assert best.loss[0] == pytest.approx(losses.min(), rel=1e-4)
+    assert best.n[0] == pytest.approx(n[losses.argmin()], rel=0.1)
+    drawn = compute_optimal(fit, [c, 2 * c], params=bootstrap(fit, 50).draws)
+    assert drawn.n.shape == (50, 2)
+
+
+def test_flops_falling_with_size_are_refused(clean: Runs) -> None:
+    with pytest.raises(InputError, match="FLOPs per token fall"):
+        Cost.measured(replace(clean, c=clean.d * 1e18 / clean.n))
+
+
+@pytest.mark.parametrize("spacing", ["log", "linear"])
+def test_the_papers_regression_agrees_with_the_closed_form(clean: Runs, spacing: str) -> None:
+    fit = fit_law(clean)
+    regression = regress_allocation(fit, spacing=spacing)  # type: ignore[arg-type]
+    assert regression is not None
+    closed = exponents(fit.params)
+    assert regression.a == pytest.approx(float(closed["a"]), abs=0.005)
+    assert regression.b == pytest.approx(float(closed["b"]), abs=0.005)
+    assert regression.d == pytest.approx(float(closed["d"]), abs=0.01)
+    assert regress_allocation(fit, d_range=(1e3, 2e3)) is None  # no interior optimum there
+
+
+def test_a_law_with_one_term_has_no_optimum(clean: Runs) -> None:
+    with pytest.raises(InputError, match="no compute-optimal"):
+        compute_optimal(fit_law(clean, d_term=False), 1e20)
+
+
+def test_envelope_recovers_a_planted_frontier() -> None:
+    """Runs on L = 30 C^-0.05 at each size's best budget, worse elsewhere: the hull must find the frontier."""
+    n = np.repeat(np.geomspace(1e8, 3e9, 6), 5)
+    best = 1e19 * (n / 1e8) ** 2
+    c = best * np.tile(np.array([0.1, 0.4, 1.0, 2.5, 10.0]), 6)
+    loss = 30 * c**-0.05 * np.exp(0.2 * np.log(c / best) ** 2)
+    runs = Runs.of(n, c / 6 / n, loss, c=c)
+    found = envelope(runs, cutoff=20.0)
+    assert found.exponent == pytest.approx(-0.05, abs=0.003)
+    assert found.c[0] == pytest.approx(20 * c.min())
+    assert (found.predict(runs.c) <= loss * 1.02).all()
+    assert (np.diff(found.hull_loss) < 0).all()
+
+
+def test_envelope_with_a_floor_fits_a_floor(truth: Params, clean: Runs) -> None:
+    found = envelope(clean)
+    assert found.spread_floor < found.spread  # the frontier of this law bends in log-log
+    assert 1.0 < found.floor < 2.6
+    np.testing.assert_allclose(found.predict(found.c, floor=True), found.loss, rtol=0.01)
+
+
+def test_envelope_too_short_is_refused(clean: Runs) -> None:
+    with pytest.raises(InputError, match="leaves nothing to fit"):
+        envelope(clean, cutoff=1e4)
+    with pytest.raises(InputError, match="cutoff"):
+        envelope(clean, cutoff=0.5)

@@ -1,0 +1,160 @@
+"""Who sees whom: the predicate, its executions, and what a change in one place can move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from isofusion.data.batch import PackedBatch
+from isofusion.errors import InputError
+from isofusion.model.attention import _blocks_by_length, may_attend
+from isofusion.model.decoder import Decoder
+from isofusion.model.init import init_weights
+
+
+def model_of(cfg: Any, attention: str = "sdpa", seed: int = 0) -> Decoder:
+    model = Decoder(cfg, attention)
+    init_weights(model, cfg, seed)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(5))
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: Decoder, batch: PackedBatch) -> torch.Tensor:
+    batch = batch.torch()
+    return model.logits(model(batch).hidden_TD)
+
+
+def change_token(batch: PackedBatch, slot: int) -> PackedBatch:
+    ids = batch.token_ids.copy()
+    ids[slot] = 4 + (ids[slot] - 3) % 20
+    assert ids[slot] != batch.token_ids[slot]
+    return replace(batch, token_ids=ids)
+
+
+def change_patch(batch: PackedBatch, slot: int) -> PackedBatch:
+    patches = batch.patches.copy()
+    patches[np.flatnonzero(batch.patch_slot == slot)] ^= 0xFF
+    return replace(batch, patches=patches)
+
+
+def moved(model: Decoder, batch: PackedBatch, other: PackedBatch) -> set[int]:
+    """Slots whose logits are not equal to the bit."""
+    difference = logits_of(model, batch) != logits_of(model, other)
+    return set(difference.any(-1).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "dense"])
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_a_change_in_document_a_leaves_document_b_equal_to_the_bit(
+    kind: str, attention: str, batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    model = model_of(make_config(kind), attention)
+    document = batch.doc_id[2]
+    own = set(np.flatnonzero(batch.doc_id == document).tolist())
+    for other in (change_patch(batch, 2), change_token(batch, 0), change_token(batch, 6)):
+        changed = moved(model, batch, other)
+        assert changed
+        assert changed <= own
+
+
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_a_patch_sees_later_patches_of_its_own_image_and_no_later_text(
+    kind: str, batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    model = model_of(make_config(kind))
+    # row 0: t iiii ttttt | ...: slots 1-4 are one image
+    assert moved(model, batch, change_patch(batch, 4)) >= {1, 2, 3, 4, 5}
+    assert 0 not in moved(model, batch, change_patch(batch, 4))
+    assert moved(model, batch, change_token(batch, 6)) == {6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_images_of_one_document_do_not_see_later_images(
+    kind: str, batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    model = model_of(make_config(kind))
+    first, second = (np.flatnonzero(batch.image_id == i) for i in (1, 2))
+    assert batch.doc_id[first[0]] == batch.doc_id[second[0]]
+    changed = moved(model, batch, change_patch(batch, second[0]))
+    assert not changed & set(first.tolist())
+    assert set(second.tolist()) <= changed
+    assert set(second.tolist()) <= moved(model, batch, change_patch(batch, first[3]))
+
+
+def test_text_sees_no_later_text_though_all_text_has_image_id_minus_one(
+    batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    start = int(np.flatnonzero(batch.doc_id == 2)[0])
+    length = int((batch.doc_id == 2).sum())
+    changed = moved(model_of(make_config()), batch, change_token(batch, start + 5))
+    assert changed == set(range(start + 5, start + length))
+
+
+def test_the_predicate_by_hand() -> None:
+    #              t  i  i  t  pad pad
+    side = {
+        "doc": np.array([0, 0, 0, 0, -1, -1]),
+        "image": np.array([-1, 7, 7, -1, -1, -1]),
+        "slot": np.arange(6),
+    }
+    allowed = may_attend({n: v[:, None] for n, v in side.items()}, {n: v[None, :] for n, v in side.items()})
+    expected = ["100000", "111000", "111000", "111100", "000010", "000001"]
+    assert ["".join(str(int(x)) for x in row) for row in allowed] == expected
+
+
+@pytest.mark.parametrize("kind", ["early", "late", "moe"])
+def test_executions_agree_in_values_and_gradients(
+    kind: str, batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    cfg = make_config(kind)
+    losses, gradients = [], []
+    for attention in ("dense", "sdpa"):
+        model = model_of(cfg, attention)
+        nll, _ = model.token_losses(batch.torch())
+        nll.sum().backward()
+        losses.append(nll.detach())
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    assert losses[0].sum() > 1
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        assert (gradient - gradients[1][name]).abs().max() < 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.filterwarnings("ignore")  # the eager form warns that it is not compiled
+def test_flex_equals_dense_forward(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    cfg = make_config(head_dim=16)
+    dense, flex = (logits_of(model_of(cfg, a), batch) for a in ("dense", "flex"))
+    torch.testing.assert_close(dense, flex, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_finite_and_sees_itself_only(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    model = model_of(make_config())
+    padding = np.flatnonzero(batch.doc_id < 0)
+    logits = logits_of(model, batch)
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits[padding], logits[padding[:1]].expand(len(padding), -1))
+    assert not set(padding.tolist()) & moved(model, batch, change_token(batch, 6))
+
+
+def test_a_batch_of_padding_runs(build_batch: Callable[..., PackedBatch], make_config: Callable[..., Any]) -> None:
+    assert torch.isfinite(logits_of(model_of(make_config("moe")), build_batch(["........"]))).all()
+
+
+def test_blocks_by_length_cover_every_document_once() -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, 200)
+    blocks = _blocks_by_length(lengths, 4)
+    assert sorted(np.concatenate([members for members, _ in blocks]).tolist()) == list(range(200))
+    assert all((lengths[members] <= width).all() for members, width in blocks)
+    assert 1 < len(blocks) <= 38  # multiples of 8
+
+
+def test_an_unknown_execution_is_refused(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match='attention "fast" is unknown'):
+        logits_of(model_of(make_config(), "fast"), batch)

@@ -1,0 +1,143 @@
+"""The decoder's losses: packing, front ends, batches without images or targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import isofusion.model.decoder as decoder
+from isofusion.data.batch import PackedBatch
+from isofusion.errors import InputError
+from isofusion.model.decoder import Decoder
+from isofusion.model.init import init_weights
+
+KINDS = ["early", "late", "moe", "routed"]
+
+
+def model_of(cfg: Any, seed: int = 0) -> Decoder:
+    model = Decoder(cfg, "sdpa")
+    init_weights(model, cfg, seed)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(5))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_loss_is_the_sum_of_single_document_losses(
+    kind: str, batch: PackedBatch, build_batch: Callable[..., PackedBatch], make_config: Callable[..., Any]
+) -> None:
+    model = model_of(make_config(kind))
+    nll, _ = model.token_losses(batch.torch())
+    documents = ["tiiiittttt", "ttiiiitiiiittt", "ttttttttttttt", "tiiiitt", "ttttttt"]
+    for k, text in enumerate(documents):
+        single = build_batch([text], first_document=k)
+        alone, _ = model.token_losses(single.torch())
+        inside = nll[torch.from_numpy(batch.doc_id == k)]
+        assert (alone > 0).sum() == (single.targets >= 0).sum() > 0
+        torch.testing.assert_close(inside, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_late_and_early_read_identical_tokens(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    read: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+    for kind in ("early", "late"):
+        model, seen = model_of(make_config(kind)), []
+        inner = model.see
+
+        def spy(b: PackedBatch, seen: list = seen, inner: Callable = inner) -> torch.Tensor:
+            seen.append((b.token_ids, b.targets, b.patches, b.patch_slot, b.position))
+            return inner(b)
+
+        model.see = spy  # type: ignore[method-assign]
+        nll, _ = model.token_losses(batch.torch())
+        assert torch.equal(nll > 0, torch.from_numpy(batch.targets >= 0))
+        read[kind] = seen
+    assert len(read["early"]) == 1
+    for one, other in zip(read["early"][0], read["late"][0], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_images_or_without_targets_has_finite_gradients(
+    kind: str, build_batch: Callable[..., PackedBatch], make_config: Callable[..., Any]
+) -> None:
+    text_only = build_batch(["tttttt|tttt.."])
+    no_targets = build_batch(["tiiii|tiiii.."])
+    assert (no_targets.targets < 0).all()
+    for batch in (text_only, no_targets):
+        model = model_of(make_config(kind))
+        nll, output = model.token_losses(batch.torch())
+        assert bool(nll.sum() > 0) == bool((batch.targets >= 0).any())
+        (nll.sum() + output.balance_loss).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:  # only a fixed router's absence could explain it, and that has no parameter
+                pytest.fail(f"{name} has no gradient")
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_the_loss_is_cross_entropy_in_nats(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    model = model_of(make_config())
+    torch.nn.init.zeros_(model.head.weight)
+    nll, _ = model.token_losses(batch.torch())
+    expected = np.where(batch.targets >= 0, np.log(model.cfg.vocab_size), 0.0)
+    np.testing.assert_allclose(nll.detach().numpy(), expected, rtol=1e-6)
+
+
+def test_a_chunked_head_gives_the_same_loss_and_gradients(
+    batch: PackedBatch, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for chunk in (decoder.HEAD_CHUNK, 24 * 7):
+        monkeypatch.setattr(decoder, "HEAD_CHUNK", chunk)
+        model = model_of(make_config())
+        nll, _ = model.token_losses(batch.torch())
+        nll.sum().backward()
+        results.append((nll.detach(), model.head.weight.grad, model.embed.weight.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_bf16_autocast_stays_close_and_keeps_losses_in_fp32(
+    batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    for kind in KINDS:
+        model = model_of(make_config(kind))
+        full, _ = model.token_losses(batch.torch())
+        with torch.autocast("cpu", torch.bfloat16):
+            half, output = model.token_losses(batch.torch())
+        half.sum().backward()
+        assert half.dtype == output.balance_loss.dtype == torch.float32
+        assert not torch.equal(half, full)
+        assert float((half.sum() / full.sum()).detach()) == pytest.approx(1, abs=0.02)
+
+
+def test_one_optimiser_can_overfit_one_batch(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    cfg = make_config("early")
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        nll, _ = model.token_losses(batch.torch())
+        loss = nll.sum() / (batch.targets >= 0).sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(np.log(24), abs=0.1)
+    assert losses[-1] < 0.3
+
+
+def test_patches_of_the_wrong_size_are_refused(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="patch_size 4 needs 48"):
+        model_of(make_config(patch_size=4)).token_losses(batch.torch())
+    with pytest.raises(InputError, match="not whole images"):
+        model_of(make_config("late")).token_losses(replace(batch, patches_per_image=5).torch())
+
+
+def test_a_model_without_init_weights_fails_loudly(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    nll, _ = Decoder(make_config()).token_losses(batch.torch())
+    assert torch.isnan(nll.sum())

@@ -1,0 +1,128 @@
+"""Routing and dispatch: against a loop over tokens and experts, and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from isofusion.data.batch import PackedBatch
+from isofusion.model.decoder import Decoder
+from isofusion.model.experts import Experts, SlotPlan
+from isofusion.model.init import init_weights
+
+
+def layer(cfg: Any, seed: int = 0) -> Experts:
+    experts = Experts(cfg)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3, generator=generator)
+    return experts
+
+
+def by_hand(experts: Experts, x: torch.Tensor, slots: SlotPlan) -> torch.Tensor:
+    """One token and one expert at a time."""
+    out = []
+    for t in range(x.shape[0]):
+        total = torch.zeros_like(x[0])
+        if bool(slots.real_T[t]):
+            allowed = torch.from_numpy(experts.mask[:, int(slots.modality_T[t])])
+            logits = experts.router @ x[t] if experts.router is not None else torch.zeros(experts.n_experts)
+            probability = logits.masked_fill(~allowed, float("-inf")).softmax(0)
+            for e in probability.topk(experts.top_k).indices.tolist():
+                gate, up = (x[t] @ experts.gate_up[e]).chunk(2)
+                total = total + probability[e] * ((F.silu(gate) * up) @ experts.down[e])
+        out.append(total)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("moe", {}),
+        ("moe", {"top_k": 2}),
+        ("moe", {"n_experts": 64}),
+        ("moe", {"width": 6, "head_dim": 2, "ffn_multiple": 3}),  # widths that F.grouped_mm does not take
+        ("routed", {}),
+    ],
+)
+def test_dispatch_equals_a_loop_over_tokens_and_experts(
+    kind: str, changes: dict, batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    experts = layer(make_config(kind, **changes))
+    slots = SlotPlan.of(batch.torch())
+    x = torch.randn(batch.n_slots, experts.down.shape[2], generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for run in (lambda v: experts(v, slots).out_TD, lambda v: by_hand(experts, v, slots)):
+        experts.zero_grad()
+        v = x.clone().requires_grad_()
+        out = run(v)
+        (out * weight).sum().backward()
+        results.append([out.detach(), v.grad, *(p.grad.clone() for p in experts.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_balance_loss_of_a_hand_computed_case(make_config: Callable[..., Any]) -> None:
+    experts = Experts(make_config("moe", n_experts=2))
+    slots = SlotPlan(torch.zeros(4, dtype=torch.long), torch.tensor([True, True, True, False]), 3)
+    probability = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.0, 1.0]])  # the last slot is padding
+    counts = experts._count(probability.argmax(-1, keepdim=True), slots)
+    assert counts.tolist() == [[2, 1], [0, 0]]
+    # f = (2/3, 1/3), P = (1.7/3, 1.3/3): 2 * (2/3 * 1.7/3 + 1/3 * 1.3/3)
+    assert float(experts._balance(probability, counts, slots)) == pytest.approx(2 * (3.4 + 1.3) / 9)
+
+
+def test_balance_loss_is_one_when_even_and_zero_when_nothing_can_be_balanced(
+    batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    cfg = make_config("routed")
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    assert float(model(batch.torch()).balance_loss) == 0.0
+    experts = Experts(make_config("moe"))
+    slots = SlotPlan(torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.bool), 4)
+    counts = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
+    assert float(experts._balance(torch.full((4, 4), 0.25), counts, slots)) == pytest.approx(1.0)
+
+
+def test_the_router_learns_from_the_task_at_top_1(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    cfg = make_config("moe", top_k=1)
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    nll, _ = model.token_losses(batch.torch())
+    nll.sum().backward()  # the balance loss is left out
+    for block in model.blocks:
+        assert block.experts.router.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routing_counts_exclude_padding(top_k: int, batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    cfg = make_config("moe", top_k=top_k)
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    routing = model(batch.torch()).routing
+    assert routing.shape == (2, 2, 4)
+    text = int(((batch.modality == 0) & (batch.doc_id >= 0)).sum())
+    image = int((batch.modality == 1).sum())
+    assert routing.sum(-1).tolist() == [[top_k * text, top_k * image]] * 2
+    assert text < batch.n_slots - image  # there is padding to exclude
+
+
+def test_modality_routed_sends_each_modality_to_its_expert_with_gate_one(
+    batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    experts = layer(make_config("routed"))
+    slots = SlotPlan.of(batch.torch())
+    x = torch.randn(batch.n_slots, 16)
+    assert experts.router is None
+    expected = np.eye(2)[batch.modality]
+    np.testing.assert_array_equal(experts.route(x, slots).numpy(), expected)
+    counts = experts(x, slots).counts_ME
+    assert counts[0, 1] == counts[1, 0] == 0
+    assert counts[1, 1] == (batch.modality == 1).sum()

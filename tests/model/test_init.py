@@ -1,0 +1,88 @@
+"""Roles, decay, muP's rule and its coordinate check; initial weights as a function of the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from isofusion.data.batch import PackedBatch
+from isofusion.model.coordinate import coordinate_check
+from isofusion.model.decoder import Decoder
+from isofusion.model.init import decays, init_weights, lr_multiplier, role_of
+
+
+@pytest.mark.parametrize("kind", ["early", "late", "moe", "routed"])
+def test_every_parameter_has_a_role_and_only_gains_do_not_decay(kind: str, make_config: Callable[..., Any]) -> None:
+    model = Decoder(make_config(kind))
+    for name, parameter in model.named_parameters():
+        assert role_of(name)
+        assert decays(name) == (parameter.ndim > 1), name
+    with pytest.raises(KeyError, match="mystery"):
+        role_of("mystery.weight")
+
+
+def test_init_depends_on_the_seed_only_and_leaves_the_global_generator_alone(make_config: Callable[..., Any]) -> None:
+    cfg = make_config("late")
+    states = []
+    before = torch.get_rng_state()
+    for seed in (3, 3, 4):
+        model = Decoder(cfg)
+        init_weights(model, cfg, seed)
+        states.append(torch.cat([p.flatten() for p in model.parameters()]).detach())
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+    assert torch.isfinite(states[0]).all()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_standard_deviations_follow_fan_in_and_depth(make_config: Callable[..., Any]) -> None:
+    cfg = make_config("moe", width=128, depth=8)
+    model = Decoder(cfg).requires_grad_(False)
+    init_weights(model, cfg, 0)
+    block = model.blocks[0]
+    cut = 0.9866  # of a normal cut at three standard deviations
+    assert block.attention.qkv.weight.std() == pytest.approx(cut * 128**-0.5, rel=0.03)
+    assert block.attention.out.weight.std() == pytest.approx(cut * 128**-0.5 / 4, rel=0.03)
+    assert block.experts.gate_up.std() == pytest.approx(cut * 128**-0.5, rel=0.03)
+    assert block.experts.down.std() == pytest.approx(cut * cfg.hidden() ** -0.5 / 4, rel=0.03)
+    assert block.attention.qkv.weight.abs().max() <= 3 * 128**-0.5 * 1.0001
+
+
+def test_mup_multipliers(make_config: Callable[..., Any]) -> None:
+    cfg = make_config("late", width=64, encoder_width=32, base_width=16)
+    expected = {
+        "embed.weight": 1.0,
+        "head.weight": 1.0,
+        "final_norm.gain": 1.0,
+        "connector.weight": 0.5,
+        "encoder.patch.weight": 1.0,
+        "encoder.blocks.0.ffn.down.weight": 0.5,
+        "blocks.1.attention.qkv.weight": 0.25,
+        "blocks.1.attention.q_gain": 1.0,
+        "blocks.1.ffn.gate_up.weight": 0.25,
+        "blocks.1.experts.router": 0.25,
+    }
+    assert {name: lr_multiplier(name, cfg) for name in expected} == expected
+    assert Decoder(cfg).logit_scale == 0.25
+    plain = make_config(width=64)
+    assert {lr_multiplier(name, plain) for name in expected} == {1.0}
+    assert Decoder(plain).logit_scale == 1.0
+
+
+def test_coordinate_check_is_flat_with_mup_and_rises_without(
+    batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    def slopes(base: int | None) -> dict[str, float]:
+        widths = (16, 32, 64, 128)
+        return coordinate_check(
+            lambda width: make_config(width=width, base_width=base), widths, batch.torch(), steps=4, lr=1e-2, seeds=1
+        )
+
+    with_rule, without = slopes(16), slopes(None)
+    assert abs(with_rule["block"]) < 0.15
+    assert abs(with_rule["logits"]) < 0.3
+    assert without["block"] > 0.4
+    assert without["logits"] > 0.4

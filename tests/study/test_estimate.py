@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from isofusion.errors import InputError
+from isofusion.study import estimate as module
+from isofusion.study.estimate import estimate, nominal_shape, schedule
+from isofusion.study.run import refuse_what_does_not_fit
+from isofusion.study.spec import StudySpec
+
+
+def test_schedule_of_one_and_two_jobs(toml: Path) -> None:
+    runs = StudySpec.from_toml(toml).runs()[:3]  # a trunk of 16 steps, branches forked at 8 and 16
+    seconds = [16.0, 2.0, 4.0]
+    start = module.START_SECONDS
+    assert schedule(runs, seconds, 1) == start + 22
+    # two jobs: the short branch starts at the fork (8 s) beside the trunk, the long one when the trunk ends
+    assert schedule(runs, seconds, 2) == start + 16 + 4
+
+
+def test_costs_every_run(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    spec = StudySpec.from_toml(toml)
+    found = estimate(spec, out=tmp_path / "out", jobs=1, threads=1, probe=False)
+    assert [row["run"] for row in found.rows] == [run.name for run in spec.runs()]
+    assert found.totals["slots_trained"] == 3 * (0.8 * 5120 + 0.2 * (5120 + 2560))
+    assert found.totals["slots_without_branching"] == 3 * (2560 + 5120)
+    short, long = found.rows[1:3]
+    assert long["flops"] == pytest.approx(2 * short["flops"])
+    assert long["tokens"] <= 5120  # padding is not counted
+    assert found.rows[0]["flops"] + 0.2 * long["flops"] == pytest.approx(long["flops"])
+    assert found.totals["flops"] == pytest.approx(sum(row["own_flops"] for row in found.rows))
+    assert found.rows[4]["n"] > short["n"]
+    assert found.sources == [{"name": "captions", "epochs": None, "unique_tokens": found.sources[0]["unique_tokens"]}]
+    assert found.problems == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_probe_is_measured_once(toml: Path, tmp_path: Path, fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE_STEP", "0")
+    spec = StudySpec.from_toml(toml)
+    found = estimate(spec, out=tmp_path / "out", jobs=1, threads=1, train=fake)
+    assert found.totals["seconds_basis"] == "from a probe"
+    assert found.rows[0]["seconds"] == pytest.approx(16 * 0.5)  # the fake writes half a second for every step
+    again = estimate(spec, out=tmp_path / "out", jobs=1, threads=1, train="no_such_module:train")
+    assert again.totals["seconds"] == found.totals["seconds"]
+
+
+def test_nominal_shape_without_data(toml: Path) -> None:
+    shape = nominal_shape(StudySpec.from_toml(toml))
+    assert shape.image_share == pytest.approx(0.544)
+    assert shape.tokens == 128
+    assert shape.images == pytest.approx(0.544 * 128 / 36)
+
+
+def test_what_does_not_fit_is_refused(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = StudySpec.from_toml(toml)
+    refuse_what_does_not_fit(spec, tmp_path, 1)
+    monkeypatch.setattr(module, "available_memory", lambda: 1e6)
+    with pytest.raises(InputError, match=r"does not fit this machine: memory: 1 jobs need .* fewer --jobs"):
+        refuse_what_does_not_fit(spec, tmp_path, 1)
+    monkeypatch.setattr(module, "available_memory", lambda: 1e12)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(InputError, match="disk: checkpoints need"):
+        refuse_what_does_not_fit(spec, tmp_path, 1)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from isofusion.errors import InputError
+from isofusion.study.lock import LOCK, check_lock, later_changes, locked_spec, record_session, write_lock
+from isofusion.study.spec import StudySpec
+
+
+def lock(out: Path, toml: Path) -> StudySpec:
+    spec = StudySpec.from_toml(toml)
+    write_lock(out, spec, toml=toml, jobs=1, threads=1)
+    return spec
+
+
+def test_locks_runs_and_analysis(tmp_path: Path, toml: Path) -> None:
+    spec = lock(tmp_path / "out", toml)
+    written = json.loads((tmp_path / "out" / LOCK).read_text())
+    assert written["runs"] == {run.name: run.digest() for run in spec.runs()}
+    assert written["analysis"]["holdout"] == "none"
+    assert locked_spec(tmp_path / "out") == spec
+    assert later_changes(tmp_path / "out") == []
+
+
+def test_a_changed_study_is_refused_field_by_field(tmp_path: Path, toml: Path) -> None:
+    out = tmp_path / "out"
+    lock(out, toml)
+    before = (out / LOCK).read_bytes()
+    changed = ["arms.early.sizes.s16.lr=0.5", "study.holdout=largest-size", "study.title=other words"]
+    with pytest.raises(InputError) as caught:
+        check_lock(out, StudySpec.from_toml(toml, overrides=changed))
+    message = str(caught.value)
+    assert "arms.early.sizes.s16.train.lr: 0.005 -> 0.5" in message
+    assert "holdout: 'none' -> 'largest-size'" in message
+    assert "--out" in message
+    assert "title" not in message
+    assert (out / LOCK).read_bytes() == before
+
+
+def test_words_may_change(tmp_path: Path, toml: Path) -> None:
+    lock(tmp_path / "out", toml)
+    check_lock(tmp_path / "out", StudySpec.from_toml(toml, overrides=["study.title=better words"]))
+
+
+def test_later_changes_are_listed(tmp_path: Path, toml: Path) -> None:
+    out = tmp_path / "out"
+    lock(out, toml)
+    record_session(out, jobs=1, threads=2)
+    toml.write_text(toml.read_text().replace("lr = 5e-3", "lr = 6e-3"))
+    tree = json.loads((out / LOCK).read_text())
+    tree["analysis"]["holdout"] = "largest-size"
+    (out / LOCK).write_text(json.dumps(tree))
+    folder = out / "runs" / "early-s16-s0-trunk"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"digest": "0" * 64}))
+    text = "\n".join(later_changes(out))
+    assert "edited by hand" in text
+    assert "2 threads per run instead of 1" in text
+    assert "train.lr: 0.005 -> 0.006" in text
+    assert "run early-s16-s0-trunk was trained with another configuration" in text
+
+
+def test_damaged_or_missing_lock(tmp_path: Path, toml: Path) -> None:
+    with pytest.raises(InputError, match="not a study folder"):
+        locked_spec(tmp_path)
+    (tmp_path / LOCK).write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        check_lock(tmp_path, StudySpec.from_toml(toml))

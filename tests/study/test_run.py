@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from isofusion.errors import InputError, RunFailure
+from isofusion.study import ledger
+from isofusion.study.progress import make_progress
+from isofusion.study.run import Interrupted, only_one, run_study, thread_budget
+from isofusion.study.spec import StudySpec
+
+COUNTS = dict.fromkeys(ledger.COUNTS, 1000)
+
+
+@pytest.fixture(autouse=True)
+def counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_parameters", lambda model: COUNTS)
+
+
+def run(spec: StudySpec, out: Path, train: str, *, resume: bool = False, jobs: int = 1) -> str:
+    """Run a study; returns what the plain display printed."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=200)
+    run_study(
+        spec,
+        out,
+        jobs=jobs,
+        threads=1,
+        resume=resume,
+        make_progress=lambda configs, done: make_progress(configs, done, console),
+        command="isofusion study run tiny.toml --resume",
+        train=train,
+        get_ready=lambda spec: None,
+    )
+    return screen.getvalue()
+
+
+def steps(out: Path, name: str) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_runs_everything_on_two_lasting_workers(toml: Path, tmp_path: Path, fake: str) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    text = run(spec, out, fake, jobs=2)
+    assert all((out / "runs" / r.name / "DONE").exists() for r in spec.runs())
+    assert "[9/9]" in text
+    assert text.count(" done") == 9
+    pids = {json.loads(p.read_text().splitlines()[0])["pid"] for p in out.glob("runs/*/metrics.jsonl")}
+    assert len(pids) <= 2  # nine runs, two processes
+    rows = ledger.results(out)
+    assert len(rows) == 6
+    assert (out / "results.csv").read_text().splitlines()[0].split(",") == list(ledger.COLUMNS)
+    assert rows[0]["wall_s"] == 0.5 * rows[0]["steps"]  # the trunk up to the fork is paid for
+    run(spec, out, "fake_train:gone")  # nothing left to do: no worker starts
+
+
+def test_a_failed_run_does_not_stop_the_others(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    monkeypatch.setenv("FAKE_FAIL", "early-s16-s0-trunk")
+    with pytest.raises(RunFailure) as caught:
+        run(spec, out, fake)
+    assert "loss is not finite" in str(caught.value)
+    assert "--resume" in str(caught.value)
+    done = {path.parent.name for path in out.glob("runs/*/DONE")}
+    assert done == {r.name for r in spec.runs() if not r.name.startswith("early-s16")}
+    assert ledger.state_of(out / "runs" / "early-s16-s0-trunk") == "failed"
+    monkeypatch.delenv("FAKE_FAIL")
+    with pytest.raises(InputError, match="6 of 9 runs finished; add --resume"):
+        run(spec, out, fake)
+    run(spec, out, fake, resume=True)
+    assert len(ledger.results(out)) == 6
+    assert ledger.state_of(out / "runs" / "early-s16-s0-trunk") == "done"
+
+
+@pytest.mark.parametrize("victim", ["early-s32-s0-trunk", "early-s32-s0-d20"])
+def test_a_killed_worker_costs_one_run(toml: Path, tmp_path: Path, fake: str, monkeypatch, victim: str) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    monkeypatch.setenv("FAKE_DIE", victim)
+    if victim.endswith("d20"):
+        spec = StudySpec.from_toml(toml, overrides=["study.budgets=[5120, 10240]"])
+        monkeypatch.setenv("FAKE_DIE", "early-s32-s0-d40")
+    with pytest.raises(RunFailure, match="killed by signal 9"):
+        run(spec, out, fake)
+    assert len(list(out.glob("runs/*/DONE"))) == (8 if victim.endswith("d20") else 6)
+    run(spec, out, fake, resume=True)
+    for config in spec.runs():
+        assert steps(out, config.name) == list(range(config.start_step + 1, config.end_step + 1))
+
+
+def test_bad_input_found_by_a_run_is_bad_input(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
+    monkeypatch.setenv("FAKE_BAD", "late-s16-s0-trunk")
+    with pytest.raises(InputError, match="12 of 20 samples are bad"):
+        run(StudySpec.from_toml(toml), tmp_path / "out", fake)
+
+
+def test_workers_that_cannot_start_are_explained(toml: Path, tmp_path: Path, fake: str) -> None:
+    with pytest.raises(RunFailure, match=r"workers do not start: .*no_such_module"):
+        run(StudySpec.from_toml(toml), tmp_path / "out", "no_such_module:train")
+
+
+def test_ctrl_c_checkpoints_and_says_how_to_go_on(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    monkeypatch.setenv("FAKE_STEP", "0.05")
+
+    def interrupt() -> None:
+        while not list(out.glob("runs/*/metrics.jsonl")):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted, match=r"go on with: isofusion study run tiny\.toml --resume") as caught:
+        run(spec, out, fake)
+    thread.join()
+    assert caught.value.code == 130
+    monkeypatch.setenv("FAKE_STEP", "0")
+    run(spec, out, fake, resume=True)
+    trunk = spec.runs()[3]  # the longest chain ran first
+    assert steps(out, trunk.name) == list(range(1, trunk.end_step + 1))
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with only_one(tmp_path), pytest.raises(InputError, match=f"process {os.getpid()} is running this study"):  # noqa: SIM117
+        with only_one(tmp_path):
+            pass
+    with only_one(tmp_path):
+        pass
+
+
+def test_a_dead_holder_does_not_block_but_its_workers_do(tmp_path: Path) -> None:
+    with only_one(tmp_path) as fd:
+        orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(fd,))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "study.pid").write_text(str(dead.pid))
+    with pytest.raises(InputError, match="workers of an earlier run"), only_one(tmp_path, wait=0.3):
+        pass
+    orphan.kill()
+    orphan.wait()
+    with only_one(tmp_path, wait=5):
+        pass
+
+
+def test_a_worker_stops_when_its_pool_is_gone(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
+    """kill -9 of the pool: the orphan checkpoints, leaves, and the study goes on with no step twice."""
+    out = tmp_path / "out"
+    monkeypatch.setenv("FAKE_STEP", "0.05")
+    script = tmp_path / "pool.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from isofusion.study.run import run_study; from isofusion.study.spec import StudySpec\n"
+        "from isofusion.study.progress import make_progress\n"
+        "spec = StudySpec.from_toml(sys.argv[1])\n"
+        "run_study(spec, Path(sys.argv[2]), jobs=1, threads=1, resume=False, train='fake_train:train_run',\n"
+        "    make_progress=lambda c, d: make_progress(c, d, Console()), get_ready=lambda spec: None)\n"
+    )
+    pool = subprocess.Popen([sys.executable, str(script), str(toml), str(out)], stdout=subprocess.DEVNULL)
+    while not list(out.glob("runs/*/metrics.jsonl")):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    pool.kill()
+    pool.wait()
+    monkeypatch.setenv("FAKE_STEP", "0")
+    spec = StudySpec.from_toml(toml)
+    run(spec, out, fake, resume=True)
+    for config in spec.runs():
+        assert steps(out, config.name) == list(range(config.start_step + 1, config.end_step + 1))
+
+
+def test_thread_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isofusion.study.run.cores", lambda: 8)
+    assert thread_budget(None, None) == (8, 1)
+    assert thread_budget(None, 3) == (2, 3)
+    with pytest.raises(InputError, match="4 jobs x 3 threads is more than the 8 cores"):
+        thread_budget(4, 3)
+    with pytest.raises(InputError, match="at least 1"):
+        thread_budget(0, 1)
+
+
+def test_ledger_rebuilds_to_the_same_rows(toml: Path, tmp_path: Path, fake: str) -> None:
+    out = tmp_path / "out"
+    spec = StudySpec.from_toml(toml)
+    run(spec, out, fake)
+    book = ledger.Ledger(out)
+    incremental = tmp_path / "other"
+    incremental.mkdir()
+    (incremental / "runs").symlink_to(out / "runs")
+    other = ledger.Ledger(incremental)
+    for config in spec.runs():
+        other.update(config.name)
+    before = book.rows()
+    assert before == other.rows()
+    assert before[0]["loss_interleaved"] is None
+    assert before[0]["shuffled_caption"] == before[0]["loss_caption"] + 2
+    csv_before = (out / "results.csv").read_bytes()
+    (out / ledger.INDEX).write_bytes(b"not a database")
+    book.update(spec.runs()[1].name)  # a broken index is rebuilt, not an error
+    assert book.rows() == before
+    (out / ledger.INDEX).unlink()
+    assert ledger.results(out) == before
+    assert (out / "results.csv").read_bytes() == csv_before
+
+
+def test_tuning_and_excluded_runs_stay_out_of_the_table(read, tmp_path: Path, fake: str) -> None:
+    from isofusion.study.lock import write_lock
+
+    spec = read(
+        ("seeds = [0]", 'seeds = [0]\nexclude = ["late-s16-s0-d10"]'),
+        ("\n[train]\n", '\n[tuning]\narms = ["late"]\nlr_multipliers = [2]\n\n[train]\n'),
+    )
+    out = tmp_path / "out"
+    write_lock(out, spec, toml=None, jobs=1, threads=1)
+    run(spec, out, fake)
+    assert len(ledger.results(out)) == 5
+    everything = ledger.results(out, all_runs=True)
+    assert [row["run"] for row in everything if row["excluded"]] == ["late-s16-s0-d10"]
+    assert {row["lr"] for row in everything if row["variant"] == "lr2x"} == {2e-3}

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from isofusion.errors import InputError
+from isofusion.study.spec import StudySpec, parse_tokens
+
+TUNING = '\n[tuning]\narms = ["early"]\nlr_multipliers = [0.5, 1, 2]\n\n[train]\n'
+
+
+def test_expands_into_trunks_and_branches(toml: Path) -> None:
+    spec = StudySpec.from_toml(toml)
+    runs = spec.runs()
+    assert [run.name for run in runs] == [
+        *("early-s16-s0-trunk", "early-s16-s0-d10", "early-s16-s0-d20"),
+        *("early-s32-s0-trunk", "early-s32-s0-d10", "early-s32-s0-d20"),
+        *("late-s16-s0-trunk", "late-s16-s0-d10", "late-s16-s0-d20"),
+    ]
+    trunk, short, long = runs[:3]
+    assert (trunk.end_step, trunk.forks, trunk.parent) == (16, (8, 16), None)
+    assert (short.start_step, short.end_step, short.budget_tokens, short.parent) == (8, 10, 2560, trunk.name)
+    assert (long.start_step, long.end_step) == (16, 20)
+    assert trunk.model.vocab_size == 512  # filled in from the world's tokenizer
+    assert trunk.model.patch_size == 8  # filled in from the data
+    late = runs[6]
+    assert (late.model.encoder_width, late.train.lr, late.train.encoder_lr_scale) == (16, 1e-3, 0.5)
+
+
+def test_budgets_cost_trunk_once_and_cool_downs(toml: Path) -> None:
+    spec = StudySpec.from_toml(toml, overrides=["study.budgets=[25600, 51200, 102400, 204800]"])
+    one = [run for run in spec.runs() if run.arm == "early" and run.size == "s16"]
+    slots = sum(run.end_step - run.start_step for run in one) * 2 * 128
+    assert slots == 0.8 * 204800 + 0.2 * sum(spec.budgets)
+
+
+def test_extra_seeds_repeat_one_corner(read) -> None:
+    extra = ("seeds = [0]", 'seeds = [0]\nextra_seeds = [{ arm = "late", size = "s16", seeds = [1, 2] }]')
+    names = [run.name for run in read(extra).runs()]
+    assert len(names) == 9 + 6
+    assert {"late-s16-s1-trunk", "late-s16-s2-d20"} <= set(names)
+    assert "early-s16-s1-trunk" not in names
+
+
+def test_tuning_runs_have_their_own_names_and_rates(read) -> None:
+    runs = read(("\n[train]\n", TUNING)).runs()
+    tuned = [run for run in runs if run.variant]
+    assert len(tuned) == 2 * 2 * 3  # sizes x factors other than 1 x (trunk + two budgets)
+    half = next(run for run in tuned if run.name == "early-s16-s0-lr0.5x-d10")
+    assert half.train.lr == 2.5e-3
+    assert half.parent == "early-s16-s0-lr0.5x-trunk"
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_rounds_budgets_to_whole_steps(toml: Path) -> None:
+    spec = StudySpec.from_toml(toml, overrides=['study.budgets=["2.6K", 5000]'])
+    assert [run.end_step for run in spec.runs()[1:3]] == [10, 20]
+
+
+def test_overrides_reach_every_level(toml: Path) -> None:
+    spec = StudySpec.from_toml(toml, overrides=["train.lr=0.25", "arms.early.sizes.s32.width=48", "study.title=hi"])
+    assert spec.title == "hi"
+    assert spec.arms[0].size("s32").model.width == 48
+    assert spec.arms[0].size("s32").train.lr == 0.25
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.5M", 500_000), ("2B", 2_000_000_000), ("1_000", 1000), (7, 7)])
+def test_reads_token_counts(text: object, value: int) -> None:
+    assert parse_tokens(text) == value
+
+
+BAD = [
+    (('fusion = "late"', 'fusion = "lat"'), ['arm "late"', "fusion", "'lat'"]),
+    (
+        ("encoder_width = 16", "encoder_width = 20"),
+        ['arm "late"', "encoder_width 20 is not a multiple", "head_dim (8)"],
+    ),
+    (("s32 = { width = 32 }", "s32 = { width = 30 }"), ['arm "early", size "s32"', "width 30 is not a multiple"]),
+    (("warmup_steps = 1", "warmup_step = 1"), ["[train]", 'unknown key "warmup_step"', 'did you mean "warmup_steps"?']),
+    (("depth = 2", "depht = 2"), ["depht"]),
+    (("title = ", "titel = "), ["[study]", "titel", "title"]),
+    (("val_rows = 2", "val_row = 2"), ["[data]", "val_row", "val_rows"]),
+    (("lr = 1e-3", "lrr = 1e-3"), ['arm "late", size "s16"', "lrr"]),
+    (("[2560, 5120]", "[-2560, 5120]"), ["budgets.0", "greater than 0", "-2560"]),
+    (("[2560, 5120]", "[5120, 2560]"), ["ascending"]),
+    (("[2560, 5120]", '["many"]'), ["not a token budget", "0.5M"]),
+    (("[2560, 5120]", "[256, 5120]"), ["budget 256 is only 1 steps", "too short"]),
+    (("[2560, 5120]", "[5120, 5121]"), ["round to the same step"]),
+    (("warmup_steps = 1", "warmup_steps = 2"), ["warmup_steps 2 is more than 10 %", "at most 1"]),
+    (('name = "late"', 'name = "early"'), ['arm name "early" appears more than once']),
+    (('name = "late"', 'name = "../late"'), ["is not a name"]),
+    (("seeds = [0]", "seeds = [0, 0]"), ["seeds must be distinct"]),
+    (("seeds = [0]", 'exclude = ["early-s16-s0-d11"]'), ["exclude", "does not exist", "early-s16-s0-d1"]),
+    (("seeds = [0]", 'extra_seeds = [{ arm = "erly", size = "s16", seeds = [1] }]'), ['"erly"', 'mean "early"']),
+    (("image_size = 48", "image_size = 52"), ["[data]", "image_size 52 is not a multiple of patch_size 8"]),
+    (("rows_per_step = 2", "rows_per_step = 2\ncooldown_share = 1.0"), ["cooldown_share must be below 1"]),
+    (("lr = 5e-3", "lr = -1"), ["[train]", "lr", "greater than 0", "got -1"]),
+    (("[data]", "[data"), ["not valid TOML", "line"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD, ids=[str(change[1])[:40] for change, _ in BAD])
+def test_bad_input_is_one_clear_message(read, change: tuple[str, str], words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        read(change)
+    message = str(caught.value)
+    assert "changed.toml: " in message
+    assert "\n" not in message
+    assert "pydantic" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_missing_file_and_folder(toml: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        StudySpec.from_toml(toml.with_name("none.toml"))
+    with pytest.raises(InputError, match=r"--data .*no such folder"):
+        StudySpec.from_toml(toml, data=toml.parent / "none")
+
+
+def test_bad_override(toml: Path) -> None:
+    for text in ("train.lr", "arms.nobody.width=3"):
+        with pytest.raises(InputError, match="--set"):
+            StudySpec.from_toml(toml, overrides=[text])
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "studies").glob("*.toml")), ids=lambda p: p.stem)
+def test_ready_studies_are_valid(path: Path) -> None:
+    assert len(StudySpec.from_toml(path).runs()) > 0
