@@ -131,6 +131,25 @@ def test_one_optimiser_can_overfit_one_batch(batch: PackedBatch, make_config: Ca
     assert losses[-1] < 0.3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_repeat_to_the_bit_with_deterministic_kernels(
+    kind: str, batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for _ in range(2):
+            model = model_of(make_config(kind))
+            nll, output = model.token_losses(batch.torch())
+            (nll.sum() + output.balance_loss).backward()
+            results.append([nll.detach(), *(p.grad for p in model.parameters())])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(model.token_losses(batch.torch())[0], results[0][0])
+
+
 def test_patches_of_the_wrong_size_are_refused(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="patch_size 4 needs 48"):
         model_of(make_config(patch_size=4)).token_losses(batch.torch())

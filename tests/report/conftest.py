@@ -23,7 +23,11 @@ LAWS = {  # arm -> factor on A, on B; E = oracle + 0.03
     "early-moe": (0.80, 1.04),
     "early-moe-routed": (0.90, 1.06),
 }
-BASE = {"caption": (70.0, 0.42, 900.0, 0.50), "interleaved": (55.0, 0.40, 700.0, 0.48), "text": (30.0, 0.36, 300.0, 0.42)}
+BASE = {
+    "caption": (70.0, 0.42, 900.0, 0.50),
+    "interleaved": (55.0, 0.40, 700.0, 0.48),
+    "text": (30.0, 0.36, 300.0, 0.42),
+}
 CLASSES = {"grammar": 0.02, "lookup": 0.9, "spatial": 0.3, "fusion-before": 1.35, "fusion-after": 1.35}
 LOG_M = math.log(4)
 
@@ -34,7 +38,9 @@ def planted_loss(arm: str, domain: str, n: float, d: float) -> float:
     return ORACLE[domain] + 0.03 + a_factor * A / n**alpha + b_factor * B / d**beta
 
 
-def make_study(out: Path, arms: tuple[str, ...] = tuple(LAWS), noise: float = 0.002, entropy: bool = True) -> list[dict[str, Any]]:
+def make_study(
+    out: Path, arms: tuple[str, ...] = tuple(LAWS), noise: float = 0.002, entropy: bool = True
+) -> list[dict[str, Any]]:
     """Write runs/, study.lock and env files under `out`; returns the ledger's rows."""
     rows = []
     for arm in arms:

@@ -95,7 +95,10 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, slots: SlotPlan) -> ExpertsOutput:
         prob_TE = self.route(x_TD, slots)
-        gate_TK, expert_TK = prob_TE.topk(self.top_k, dim=-1)
+        if self.top_k == 1:  # several times faster than topk on a CPU
+            gate_TK, expert_TK = prob_TE.max(dim=-1, keepdim=True)
+        else:
+            gate_TK, expert_TK = prob_TE.topk(self.top_k, dim=-1)
         counts_ME = self._count(expert_TK, slots)
         # padding sorts behind the last expert and is cut off
         key_G = expert_TK.masked_fill(~slots.real_T[:, None], self.n_experts).flatten()

@@ -24,7 +24,7 @@ def mean_key(a: Analysis) -> str:
 
 
 def answer(a: Analysis) -> dict[str, Any]:
-    """The recommendation at c_ref ("ref") and at ten times that ("ten"), or the best run where no law could be fitted."""
+    """The recommendation at c_ref ("ref") and at ten times that ("ten"), or the best run where there is no law."""
     key = mean_key(a)
     fronts = {arm: f[key] for arm, f in a["frontier"].items() if f.get(key)}
     missing = [arm for arm in a["study"]["arms"] if arm not in fronts]
@@ -91,19 +91,26 @@ def warnings(a: Analysis) -> list[dict[str, Any]]:
                 found.append((w["code"], w["message"], where))
             if fit["share_at_bound"] > MAX_AT_BOUND:
                 share = percent(fit["share_at_bound"])
-                found.append(("draws-at-bound", f"{share} of the bootstrap draws end with an exponent at its bound", where))
+                found.append(
+                    ("draws-at-bound", f"{share} of the bootstrap draws end with an exponent at its bound", where)
+                )
             for name in ("alpha", "beta"):
                 low, high = fit["interval"][name]
                 if high - low > 2 * WIDE * fit[name]:
                     found.append(
-                        ("wide-interval", f"{name} = {fixed(fit[name])} {interval((low, high))} is poorly determined", where)
+                        (
+                            "wide-interval",
+                            f"{name} = {fixed(fit[name])} {interval((low, high))} is poorly determined",
+                            where,
+                        )
                     )
     for arm, by_domain in a["holdout"].items():
         for domain, held in by_domain.items():
             where = f"{arm} / {domain}"
             if held.get("ok") and held["beats_carry"] is False:
                 carry = percent(held["carry_error_reducible"])
-                text = f"the hold-out is predicted worse ({percent(held['error_reducible'])} of the reducible loss) than by "
+                ours = percent(held["error_reducible"])
+                text = f"the hold-out is predicted worse ({ours} of the reducible loss) than by "
                 found.append(("holdout-worse", text + f"carrying over the next size's loss ({carry})", where))
             elif not held.get("ok") and a["fits"][arm].get(domain, {}).get("ok"):
                 found.append(("no-holdout", f"no hold-out test: {held.get('reason')}", where))
@@ -117,9 +124,13 @@ def warnings(a: Analysis) -> list[dict[str, Any]]:
     untuned = [arm for arm, t in a["tuning"].items() if t["verdict"] != "tuned"]
     if untuned:
         details = "; ".join(dict.fromkeys(a["tuning"][arm]["detail"] for arm in untuned))
-        found.append(("untuned", f"untuned ({details}): a badly set learning rate can pass for an architecture", listed(untuned)))
+        found.append(
+            ("untuned", f"untuned ({details}): a badly set learning rate can pass for an architecture", listed(untuned))
+        )
     if not any(n.get("sd") for n in a["noise"].values()):
-        found.append(("no-noise-floor", "no run is repeated with another seed: the noise floor is taken from the fits", "study"))
+        found.append(
+            ("no-noise-floor", "no run is repeated with another seed: the noise floor is taken from the fits", "study")
+        )
     if a["methods"]["planned"] and a["methods"]["finished"] < a["methods"]["planned"]:
         done, planned = a["methods"]["finished"], a["methods"]["planned"]
         found.append(("unfinished", f"{done} of {planned} planned runs have finished", "study"))
@@ -181,8 +192,8 @@ def cannot_say(a: Analysis) -> list[str]:
         r = best[0]
         n, d = a["arms"][r["arm"]]["range"]["n"], a["arms"][r["arm"]]["range"]["d"]
         found.append(
-            f"The exact optimum of {r['arm']} at the largest budget: N = {si(r['n'])} and D = {si(r['d'])} lie outside the "
-            f"runs' {si(n[0])}–{si(n[1])} parameters or {si(d[0])}–{si(d[1])} tokens."
+            f"The exact optimum of {r['arm']} at the largest budget: N = {si(r['n'])} and D = {si(r['d'])} lie outside "
+            f"the runs' {si(n[0])}–{si(n[1])} parameters or {si(d[0])}–{si(d[1])} tokens."
         )
     found.append(
         f"Anything beyond {power(s['c_ref'])} FLOPs, {si(max(p['n'] for p in a['points']))} parameters and "

@@ -262,7 +262,14 @@ def _predicted(
         out = p["n"] >= held_n
         value = float(fit.predict(p["n"], p["d"]))
         found.append(
-            {"run": p["run"], "arm": arm, "domain": domain, "observed": p["loss"][domain], "predicted": value, "heldout": out}
+            {
+                "run": p["run"],
+                "arm": arm,
+                "domain": domain,
+                "observed": p["loss"][domain],
+                "predicted": value,
+                "heldout": out,
+            }
         )
     return found
 
@@ -314,7 +321,9 @@ def _noise(a: Analysis, domains: list[str]) -> dict[str, Any]:
             if not by_domain.get(domain) or not entry.get("ok"):
                 continue
             mine = [p for p in at.values() if p["arm"] == arm and p["loss"].get(domain) is not None]
-            law = [entry["E"] + entry["A"] / p["n"] ** entry["alpha"] + entry["B"] / p["d"] ** entry["beta"] for p in mine]
+            law = [
+                entry["E"] + entry["A"] / p["n"] ** entry["alpha"] + entry["B"] / p["d"] ** entry["beta"] for p in mine
+            ]
             gaps = np.array([p["loss"][domain] for p in mine]) - np.array(law)
             squares += float((gaps**2).sum())
             freedom += max(len(mine) - 5, 1)

@@ -49,7 +49,7 @@ def champions(rows: list[Row]) -> dict[str, Row]:
 
 
 def classes(out: Path, rows: list[Row]) -> list[dict[str, Any]]:
-    """Loss per domain ("all") and token class of each arm's largest run, with oracle, learner's bound, chance, blind."""
+    """Loss per domain ("all") and token class of each arm's largest run, with its reference values."""
     found = []
     for arm, row in champions(rows).items():
         ev = load_eval(out, row)
@@ -60,7 +60,13 @@ def classes(out: Path, rows: list[Row]) -> list[dict[str, Any]]:
                 continue
             if name == "unclassified" and entry.get("targets", 0) == ev["domains"].get(domain, {}).get("targets"):
                 continue
-            item = {"arm": arm, "run": row["run"], "domain": domain, "label": name or "all targets", "class": name or None}
+            item = {
+                "arm": arm,
+                "run": row["run"],
+                "domain": domain,
+                "label": name or "all targets",
+                "class": name or None,
+            }
             for field in ("loss", "targets", "se", "oracle", "bound", "blind", "shuffled", "chance"):
                 item[field] = number(entry.get(field))
             found.append(item)
@@ -82,7 +88,9 @@ def fusion(class_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for r in class_rows:
         if not r["class"] or "fusion" not in r["class"]:
             continue
-        item = {k: r[k] for k in ("arm", "run", "domain", "class", "loss", "se", "blind", "targets")} | {"log_m": r["chance"]}
+        item = {k: r[k] for k in ("arm", "run", "domain", "class", "loss", "se", "blind", "targets")} | {
+            "log_m": r["chance"]
+        }
         item["margin"] = None if r["chance"] is None else r["chance"] - r["loss"]
         item["z"] = item["margin"] / r["se"] if item["margin"] is not None and r["se"] else None
         item["blind_margin"] = None if r["chance"] is None or r["blind"] is None else r["chance"] - r["blind"]
@@ -101,7 +109,7 @@ def t_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float |
 
 
 def verdict(lo: float | None, hi: float | None) -> str:
-    """"lower", "higher" (of the first side), or "cannot say"."""
+    """ "lower", "higher" (of the first side), or "cannot say"."""
     if lo is None or hi is None or lo <= 0.0 <= hi:
         return "cannot say"
     return "lower" if hi < 0 else "higher"
@@ -166,7 +174,7 @@ def image_use(out: Path, rows: list[Row]) -> list[dict[str, Any]]:
                 if "targets" in arrays and "true" in arrays and kind in arrays:
                     item["docs"] = len(arrays["targets"])
                     item[f"d_{kind}"] = paired(arrays["targets"], arrays[kind] - arrays["true"])
-            if any(abs((item[k] or true) - true) > 0 for k in ("shuffled", "blind")):  # a text domain has no image
+            if true is not None and any(v is not None and v != true for v in (other, blind)):  # text has no image
                 found.append(item)
     return found
 

@@ -137,8 +137,12 @@ def scaling_per_arm(a: Analysis, layout: Layout) -> Chart | None:
             if loss > offset
         ]
         if lines:
-            layers.append(alt.Chart(rows_of(lines)).mark_line(strokeWidth=1.3, clip=True).encode(x=x, y=y, color=colour))
-        layers.append(alt.Chart(rows_of(points)).mark_point(size=22, filled=True, opacity=1).encode(x=x, y=y, color=colour))
+            layers.append(
+                alt.Chart(rows_of(lines)).mark_line(strokeWidth=1.3, clip=True).encode(x=x, y=y, color=colour)
+            )
+        layers.append(
+            alt.Chart(rows_of(points)).mark_point(size=22, filled=True, opacity=1).encode(x=x, y=y, color=colour)
+        )
         envelope = _power_rows(a, arm, domain, offset)
         if envelope:
             layers.append(
@@ -164,7 +168,7 @@ def _power_rows(a: Analysis, arm: str, domain: str, offset: float) -> list[dict[
 
 
 def differences(a: Analysis, layout: Layout) -> Chart | None:
-    """Loss of one arm less another's: at equal compute from the laws (band), and run by run at matched size (points)."""
+    """Loss of one arm less another's: at equal compute from the laws (band), at matched size (points)."""
     panels = []
     domains = domains_with_mean(a) if layout.name == "wide" else domains_with_mean(a)[-1:]
     columns = len(domains)
@@ -204,9 +208,7 @@ def differences(a: Analysis, layout: Layout) -> Chart | None:
             whiskers = [s for s in sizes if s["lo"] is not None]
             if whiskers:
                 bars = alt.Chart(rows_of(whiskers)).encode(x=x)
-                layers.append(
-                    bars.mark_rule(color=style.INK, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q")
-                )
+                layers.append(bars.mark_rule(color=style.INK, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q"))
                 layers.append(bars.mark_point(filled=True, size=38, color=style.INK, clip=True).encode(y=y))
             title = [pair["label"], NAMES.get(domain, domain)]
             height = 140 if layout.name == "wide" else 170
@@ -264,7 +266,9 @@ def compute_optimal(a: Analysis, layout: Layout) -> Chart | None:
         y = alt.Y("v:Q", **(style.log_axis(values + inside, title, plain=field == "ratio") | {"title": None}))
         base = alt.Chart(rows_of(rows)).encode(x=x, color=style.arm_colour(arms))
         band = base.mark_area(opacity=0.12, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q")
-        dash = alt.StrokeDash("part:N", scale=alt.Scale(domain=["inside", "extrapolated"], range=[[1, 0], [4, 3]]), legend=None)
+        dash = alt.StrokeDash(
+            "part:N", scale=alt.Scale(domain=["inside", "extrapolated"], range=[[1, 0], [4, 3]]), legend=None
+        )
         line = base.mark_line(strokeWidth=2, clip=True).encode(y=y, strokeDash=dash, detail="piece:O")
         panels.append(alt.layer(band, line).properties(width=width, height=220, title=title))
     return grid(panels, columns)
@@ -289,12 +293,16 @@ def predicted_against_observed(a: Analysis, layout: Layout) -> Chart | None:
         fitted = [p for p in rows if not p["heldout"]]
         held = [p for p in rows if p["heldout"]]
         inside = alt.Chart(rows_of(fitted)).mark_point(size=30, strokeWidth=1.1, opacity=0.7)
-        outside = alt.Chart(rows_of(held)).mark_point(size=75, filled=True, opacity=1, stroke="#000000", strokeWidth=0.8)
+        outside = alt.Chart(rows_of(held)).mark_point(
+            size=75, filled=True, opacity=1, stroke="#000000", strokeWidth=0.8
+        )
         layers = [line]
         for part, data in ((inside, fitted), (outside, held)):
             if data:
                 layers.append(part.encode(x=x, y=y, color=colour, shape=shape))
-        panels.append(alt.layer(*layers).properties(width=width, height=min(width, 260), title=NAMES.get(domain, domain)))
+        panels.append(
+            alt.layer(*layers).properties(width=width, height=min(width, 260), title=NAMES.get(domain, domain))
+        )
     return grid(panels, columns)
 
 

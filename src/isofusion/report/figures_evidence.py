@@ -58,12 +58,14 @@ def losses_by_class(a: Analysis, layout: Layout) -> Chart | None:
             point["yOffset"] = alt.YOffset("name:N", scale=alt.Scale(domain=arms, paddingOuter=0.6))
         layers.append(dots.encode(**point))
         step = 34 if len(order) <= 7 else 26
-        panels.append(alt.layer(*layers).properties(width=width, height=step * len(order), title=NAMES.get(domain, domain)))
+        panels.append(
+            alt.layer(*layers).properties(width=width, height=step * len(order), title=NAMES.get(domain, domain))
+        )
     return grid(panels, columns) if panels else None
 
 
 def image_use(a: Analysis, layout: Layout) -> Chart | None:
-    """Loss with the true image, another image and none, of the largest model of each arm; a line joins true and blind."""
+    """Loss with the true image, another image and none, of each arm's largest model; a line joins them."""
     rows = a["image_use"]
     if not rows:
         return None
@@ -91,7 +93,9 @@ def image_use(a: Analysis, layout: Layout) -> Chart | None:
         shape = alt.Shape(
             "kind:N",
             scale=alt.Scale(domain=list(kinds), range=["circle", "diamond", "cross"]),
-            legend=alt.Legend(orient="top", title=None, columns=3, symbolFillColor=style.INK, symbolStrokeColor=style.INK),
+            legend=alt.Legend(
+                orient="top", title=None, columns=3, symbolFillColor=style.INK, symbolStrokeColor=style.INK
+            ),
         )
         points = alt.Chart(rows_of(dots)).mark_point(filled=True, size=65, opacity=1)
         colour = style.arm_colour(arms, legend=False)

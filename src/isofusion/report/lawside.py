@@ -132,7 +132,12 @@ def power_entry(runs: Runs | None) -> dict[str, Any]:
         "c": found["exponent"],
         "spread": found["spread"],
         "range": found["c_range"],
-        "floor": {"k": found["k_floor"], "c": found["exponent_floor"], "E": found["floor"], "spread": found["spread_floor"]},
+        "floor": {
+            "k": found["k_floor"],
+            "c": found["exponent_floor"],
+            "E": found["floor"],
+            "spread": found["spread_floor"],
+        },
     }
 
 
@@ -301,14 +306,18 @@ def difference(first: dict[str, Any], second: dict[str, Any], free: bool = False
 def matched(points: list[dict[str, Any]], first: str, second: str, domain: str) -> list[dict[str, Any]]:
     """First less second arm's loss for runs of one size, seed and step count."""
     other = {
-        (p["size"], p["seed"], p["steps"]): p for p in points if p["arm"] == second and p["loss"].get(domain) is not None
+        (p["size"], p["seed"], p["steps"]): p
+        for p in points
+        if p["arm"] == second and p["loss"].get(domain) is not None
     }
     found = []
     for p in points:
         twin = other.get((p["size"], p["seed"], p["steps"]))
         if p["arm"] == first and twin is not None and p["loss"].get(domain) is not None:
             diff = p["loss"][domain] - twin["loss"][domain]
-            found.append({"size": p["size"], "seed": p["seed"], "steps": p["steps"], "c": p["c"], "d": p["d"], "diff": diff})
+            found.append(
+                {"size": p["size"], "seed": p["seed"], "steps": p["steps"], "c": p["c"], "d": p["d"], "diff": diff}
+            )
     return found
 
 

@@ -16,7 +16,16 @@ _count = itertools.count()
 def svg(spec: dict[str, Any]) -> str:
     """The drawing as a standalone SVG file's text."""
     text: str = vlc.vegalite_to_svg(spec, vl_version=_VERSION)
-    return text
+    return _RAISED.sub(_raise, text)
+
+
+_PLAIN = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "−0123456789")
+_RAISED = re.compile("([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)(?=</text>)")
+
+
+def _raise(found: re.Match[str]) -> str:
+    """Superscript characters as small raised digits: most fonts lack some of the characters."""
+    return f'<tspan dy="-0.45em" font-size="75%">{found[1].translate(_PLAIN)}</tspan>'
 
 
 def png(drawing: str, scale: float = 2.0) -> bytes:

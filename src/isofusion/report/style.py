@@ -124,14 +124,20 @@ def log_axis(values: Iterable[float], title: str, pad: float = 0.05, plain: bool
     return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
 
 
-def linear_axis(values: Iterable[float], title: str, zero: bool = False, pad: float = 0.06, ticks: int = 5) -> dict[str, Any]:
+def linear_axis(
+    values: Iterable[float], title: str, zero: bool = False, pad: float = 0.06, ticks: int = 5
+) -> dict[str, Any]:
     good = [v for v in values if v is not None and math.isfinite(v)]
     low, high = (min(good), max(good)) if good else (0.0, 1.0)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     space = (high - low) * pad or 0.05
     domain = [low - space, high + space]
-    return {"scale": alt.Scale(domain=domain, nice=False, zero=False), "axis": alt.Axis(tickCount=ticks), "title": title}
+    return {
+        "scale": alt.Scale(domain=domain, nice=False, zero=False),
+        "axis": alt.Axis(tickCount=ticks),
+        "title": title,
+    }
 
 
 def themed(chart: Any, layout: Layout) -> dict[str, Any]:
@@ -151,7 +157,9 @@ def themed(chart: Any, layout: Layout) -> dict[str, Any]:
             tickColor="#9aa0a6",
             tickSize=4,
         )
-        .configure_legend(labelFontSize=size, titleFontSize=size, labelColor=INK, titleFontWeight="normal", labelLimit=220)
+        .configure_legend(
+            labelFontSize=size, titleFontSize=size, labelColor=INK, titleFontWeight="normal", labelLimit=220
+        )
         .configure_title(fontSize=size + 1, fontWeight="bold", color=INK, anchor="start", offset=6)
         .configure_header(labelFontSize=size + 1, titleFontSize=size, labelColor=INK)
         .configure_concat(spacing=18)

@@ -89,7 +89,16 @@ def answer(a: Analysis) -> str:
                     "yes" if r["extrapolated"] else "no",
                 ]
             )
-        head = ["arm", "loss, nats/token", "behind the best", "best in draws", "N*", "D*, tokens", "D*/N*", "outside the runs"]
+        head = [
+            "arm",
+            "loss, nats/token",
+            "behind the best",
+            "best in draws",
+            "N*",
+            "D*, tokens",
+            "D*/N*",
+            "outside the runs",
+        ]
         parts.append(f"<h3>{esc(title)}: {esc(power(ranked['c']))} FLOPs</h3>{table(head, rows)}")
     return "".join(parts)
 
@@ -107,7 +116,9 @@ def laws(a: Analysis) -> str:
                 rows.append([arm_cell(a, arm), name, reason, *[DASH] * 6, k, c, DASH])
                 continue
             iv = f["interval"]
-            show = [with_interval(fixed(f[q]), iv[q], lambda v: fixed(v)) for q in ("E", "alpha", "beta", "a", "b", "d")]
+            show = [
+                with_interval(fixed(f[q]), iv[q], lambda v: fixed(v)) for q in ("E", "alpha", "beta", "a", "b", "d")
+            ]
             reg = f.get("regression")
             slopes = f"{fixed(reg['a'])}, {fixed(reg['b'])}, {fixed(reg['d'])}" if reg else DASH
             rows.append([arm_cell(a, arm), name, *show, slopes, k, c, percent(f["share_at_bound"])])
@@ -116,7 +127,12 @@ def laws(a: Analysis) -> str:
         "L = E + A/N^α + B/D^β per domain; a, b, d in closed form for C ∝ ND and by regression on the FLOPs really spent; "
         "L = k·C^c through the lower envelope. The mean over domains is not fitted as a law of its own."
     )
-    missing = [f"{arm} / {d}: {f['reason']}" for arm, by in a["fits"].items() for d, f in by.items() if d != "mean" and not f.get("ok")]
+    missing = [
+        f"{arm} / {d}: {f['reason']}"
+        for arm, by in a["fits"].items()
+        for d, f in by.items()
+        if d != "mean" and not f.get("ok")
+    ]
     failed = "".join(f"<li>{esc(m)}</li>" for m in missing)
     lists = f"<p>Without a law:</p><ul>{failed}</ul>" if failed else ""
     more = _irreducible(a)
@@ -143,7 +159,11 @@ def _irreducible(a: Analysis) -> str:
                 ]
             )
     head = ["arm", "domain", "fitted E", "oracle entropy", "bias", "width of the interval", "oracle in the interval"]
-    return f"<details><summary>Fitted irreducible loss against the oracle entropy</summary>{table(head, rows, left=(1,))}</details>" if rows else ""
+    return (
+        f"<details><summary>Fitted irreducible loss against the oracle entropy</summary>{table(head, rows, left=(1,))}</details>"
+        if rows
+        else ""
+    )
 
 
 def after(name: str, a: Analysis) -> str:
@@ -168,22 +188,32 @@ def _differences(a: Analysis) -> str:
                 [
                     pair["label"],
                     NAMES[domain],
-                    with_interval(fixed(at["diff"], sign=True), (at["lo"], at["hi"]), lambda v: fixed(v)) if at else DASH,
+                    with_interval(fixed(at["diff"], sign=True), (at["lo"], at["hi"]), lambda v: fixed(v))
+                    if at
+                    else DASH,
                     _says(pair, at),
-                    with_interval(fixed(run["diff"], sign=True), (run["lo"], run["hi"]), lambda v: fixed(v)) if run else DASH,
+                    with_interval(fixed(run["diff"], sign=True), (run["lo"], run["hi"]), lambda v: fixed(v))
+                    if run
+                    else DASH,
                     _says(pair, run),
                     str(run["pairs"]) if run else "0",
                 ]
             )
     ref = power(a["study"]["c_ref"])
     head = ["difference", "loss", f"laws at {ref} FLOPs", "so", "matched runs", "so", "pairs"]
-    return f"<details><summary>All differences, nats/token</summary>{table(head, rows, left=(1, 3, 5))}</details>" if rows else ""
+    return (
+        f"<details><summary>All differences, nats/token</summary>{table(head, rows, left=(1, 3, 5))}</details>"
+        if rows
+        else ""
+    )
 
 
 def _says(pair: dict[str, Any], entry: dict[str, Any] | None) -> str:
     if not entry:
         return DASH
-    return {"lower": f"{pair['first']} better", "higher": f"{pair['second']} better"}.get(entry["verdict"], "cannot say")
+    return {"lower": f"{pair['first']} better", "higher": f"{pair['second']} better"}.get(
+        entry["verdict"], "cannot say"
+    )
 
 
 def _holdout(a: Analysis) -> str:
@@ -210,7 +240,13 @@ def _holdout(a: Analysis) -> str:
                 ]
             )
             runs += [
-                [arm_cell(a, arm), NAMES[domain], si(p["d"]), fixed(p["observed"]), with_interval(fixed(p["predicted"]), (p["low"], p["high"]), lambda v: fixed(v))]
+                [
+                    arm_cell(a, arm),
+                    NAMES[domain],
+                    si(p["d"]),
+                    fixed(p["observed"]),
+                    with_interval(fixed(p["predicted"]), (p["low"], p["high"]), lambda v: fixed(v)),
+                ]
                 for p in h["points"]
             ]
     if not rows:
@@ -237,7 +273,15 @@ def _noise(a: Analysis) -> str:
     rows = []
     for domain, n in a["noise"].items():
         groups = f"{n['groups']} groups, {n['freedom']} d.f." if n["groups"] else "no repeated seed"
-        rows.append([NAMES[domain], fixed(n.get("sd"), 4), groups, fixed(n.get("residual_sd"), 4), f"{n['ratio']:.2f}" if n.get("ratio") else DASH])
+        rows.append(
+            [
+                NAMES[domain],
+                fixed(n.get("sd"), 4),
+                groups,
+                fixed(n.get("residual_sd"), 4),
+                f"{n['ratio']:.2f}" if n.get("ratio") else DASH,
+            ]
+        )
     head = ["domain", "spread over seeds", "from", "residual of the laws", "ratio"]
     return f"<h3>Noise floor, nats/token</h3>{table(head, rows, left=(2,))}" if rows else ""
 
@@ -253,7 +297,19 @@ def _classes(a: Analysis) -> str:
         ]
         for r in sorted(a["classes"], key=lambda r: (r["domain"], r["class"] is not None, r["label"]))
     ]
-    head = ["arm", "domain", "targets", "loss", "s.e.", "oracle", "learner's bound", "chance", "no image", "another image", "count"]
+    head = [
+        "arm",
+        "domain",
+        "targets",
+        "loss",
+        "s.e.",
+        "oracle",
+        "learner's bound",
+        "chance",
+        "no image",
+        "another image",
+        "count",
+    ]
     compare = [
         [
             f"{r['first']} − {r['second']}",
@@ -265,9 +321,15 @@ def _classes(a: Analysis) -> str:
         for r in a["fusion_compare"]
     ]
     more = table(["difference", "targets", "nats/token", "trunks", "so"], compare, left=(1, 4))
-    fusion = f"<details><summary>Fusion targets, arm against arm (paired by size, seed and budget)</summary>{more}</details>" if more else ""
+    fusion = (
+        f"<details><summary>Fusion targets, arm against arm (paired by size, seed and budget)</summary>{more}</details>"
+        if more
+        else ""
+    )
     listing = table(head, rows, left=(1, 2))
-    return fusion + (f"<details><summary>All classes, largest run of each arm</summary>{listing}</details>" if listing else "")
+    return fusion + (
+        f"<details><summary>All classes, largest run of each arm</summary>{listing}</details>" if listing else ""
+    )
 
 
 def _image(a: Analysis) -> str:
@@ -276,9 +338,24 @@ def _image(a: Analysis) -> str:
         cells = [arm_cell(a, r["arm"]), NAMES[r["domain"]], fixed(r["true"]), fixed(r["shuffled"]), fixed(r["blind"])]
         for kind in ("shuffled", "blind"):
             d = r.get(f"d_{kind}")
-            cells += [with_interval(fixed(d["diff"], sign=True), (d["lo"], d["hi"]), lambda v: fixed(v)), fixed(d["t"], 1)] if d else [DASH, DASH]
+            cells += (
+                [with_interval(fixed(d["diff"], sign=True), (d["lo"], d["hi"]), lambda v: fixed(v)), fixed(d["t"], 1)]
+                if d
+                else [DASH, DASH]
+            )
         rows.append([*cells, str(r["docs"])])
-    head = ["arm", "domain", "true", "another image", "no image", "another − true", "t", "no image − true", "t", "documents"]
+    head = [
+        "arm",
+        "domain",
+        "true",
+        "another image",
+        "no image",
+        "another − true",
+        "t",
+        "no image − true",
+        "t",
+        "documents",
+    ]
     return table(head, rows, left=(1,))
 
 
@@ -295,30 +372,61 @@ def methods(a: Analysis) -> str:
     if s["assumed"]:
         add("Assumed", s["assumed"])
     weights = sum(x.get("weight", 0) or 0 for x in m["sources"])
-    mix = [f"{x['name']} {percent(x['share_rows'] if x.get('share_rows') is not None else (x.get('weight') or 0) / (weights or 1), 0)}" for x in m["sources"] if x.get("name")]
+    mix = [
+        f"{x['name']} {percent(x['share_rows'] if x.get('share_rows') is not None else (x.get('weight') or 0) / (weights or 1), 0)}"
+        for x in m["sources"]
+        if x.get("name")
+    ]
     add("Mixture (rows)", ", ".join(mix))
     add("Data fingerprint", m["fingerprint"])
     if m["world"]:
         add("World", ", ".join(f"{k} {v}" for k, v in m["world"].items()))
     repeated = [f"{x['name']} {x['epochs']:.1f}" for x in m["sources"] if x.get("epochs")]
-    add("Epochs (longest run)", ", ".join(repeated) if repeated else "no source repeats (endless)" if s["world"] else None)
-    add("Packing", f"rows of {m['row_len']} slots, images {m['image_size']} px in patches of {m['patch_size']}, tokenizer {m['tokenizer']}" if m["row_len"] else None)
+    add(
+        "Epochs (longest run)",
+        ", ".join(repeated) if repeated else "no source repeats (endless)" if s["world"] else None,
+    )
+    add(
+        "Packing",
+        f"rows of {m['row_len']} slots, images {m['image_size']} px in patches of {m['patch_size']}, tokenizer {m['tokenizer']}"
+        if m["row_len"]
+        else None,
+    )
     t = m["train"]
     if t:
         decay = f"AdamW, peak learning rate {t.get('lr')}, {t.get('rows_per_step')} rows a step, warm-up {t.get('warmup_steps')} steps, cool-down {percent(t.get('cooldown_share'), 0)} ({t.get('cooldown_shape')}), clip {t.get('clip')}"
         add("Training (longest run)", f"{decay}, {m['precision'] or t.get('precision')}")
-    add("Tokens trained", f"{si(m['tokens_trained'])} in all, {power(m['flops_trained'])} FLOPs (trunks counted once)" if m["tokens_trained"] else None)
-    add("Cost", f"{duration(m['seconds'])} of training summed over jobs; {m['jobs']} jobs × {m['threads']} threads" if m["seconds"] else None)
+    add(
+        "Tokens trained",
+        f"{si(m['tokens_trained'])} in all, {power(m['flops_trained'])} FLOPs (trunks counted once)"
+        if m["tokens_trained"]
+        else None,
+    )
+    add(
+        "Cost",
+        f"{duration(m['seconds'])} of training summed over jobs; {m['jobs']} jobs × {m['threads']} threads"
+        if m["seconds"]
+        else None,
+    )
     add("Seeds", f"{', '.join(map(str, m['seeds']))}; {m['runs_with_seeds']} branches repeat another seed")
     add("Tuning", "; ".join(f"{arm}: {t['verdict']} ({t['detail']})" for arm, t in a["tuning"].items()))
     planned = f" of {m['planned']} planned" if m["planned"] else ""
     left_out = f"; left out: {', '.join(m['excluded'])}" if m["excluded"] else ""
     add("Runs", f"{m['finished']} finished branches{planned}, {m['tuning_runs']} of them tuning runs{left_out}")
-    add("Compute axis", f"{s['compute_label']}; N: total parameters, active ones for experts; D: text and image tokens, no padding")
+    add(
+        "Compute axis",
+        f"{s['compute_label']}; N: total parameters, active ones for experts; D: text and image tokens, no padding",
+    )
     add("Hold-out, metric", f"{m['holdout']}; {m['metric']}" if m["metric"] else None)
     locked = f"{m['locked_at']}, digest {m['lock_digest'][:16]}…" if m["lock_digest"] else None
     add("Locked", locked or (m["lock_unreadable"] or None))
-    changes = "none" if m["later_changes"] == [] else "; ".join(m["later_changes"]) if m["later_changes"] else m["lock_unreadable"]
+    changes = (
+        "none"
+        if m["later_changes"] == []
+        else "; ".join(m["later_changes"])
+        if m["later_changes"]
+        else m["lock_unreadable"]
+    )
     add("Changed since the lock", changes)
     add("Versions", ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v))
     machine = {k: v for k, v in m["environment"].items() if isinstance(v, (str, int, float)) and k not in m["versions"]}

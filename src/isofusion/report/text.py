@@ -115,11 +115,19 @@ def differences(a: Analysis) -> str:
         at, run = pair["at_ref"].get(key), pair["overall"].get(key)
         words = []
         if at:
-            sure = {"lower": f"{pair['first']} is better", "higher": f"{pair['second']} is better"}.get(at["verdict"], "cannot say")
-            words.append(f"{fixed(at['diff'], sign=True)} {interval((at['lo'], at['hi']))} at {power(at['c'])} FLOPs ({sure})")
+            sure = {"lower": f"{pair['first']} is better", "higher": f"{pair['second']} is better"}.get(
+                at["verdict"], "cannot say"
+            )
+            words.append(
+                f"{fixed(at['diff'], sign=True)} {interval((at['lo'], at['hi']))} at {power(at['c'])} FLOPs ({sure})"
+            )
         if run:
-            sure = {"lower": f"{pair['first']} lower", "higher": f"{pair['second']} lower"}.get(run["verdict"], "cannot say")
-            words.append(f"{fixed(run['diff'], sign=True)} {interval((run['lo'], run['hi']))} over {run['pairs']} matched runs ({sure})")
+            sure = {"lower": f"{pair['first']} lower", "higher": f"{pair['second']} lower"}.get(
+                run["verdict"], "cannot say"
+            )
+            words.append(
+                f"{fixed(run['diff'], sign=True)} {interval((run['lo'], run['hi']))} over {run['pairs']} matched runs ({sure})"
+            )
         if words:
             parts.append(f"{pair['label']}: {' and '.join(words)}")
     text = (
@@ -209,11 +217,15 @@ def image_use(a: Analysis) -> str:
     for r in a["image_use"]:
         d = r.get("d_shuffled")
         if d:
-            parts.append(f"{r['arm']} {r['domain']} {fixed(d['diff'], sign=True)} {interval((d['lo'], d['hi']))}, t = {fixed(d['t'], 1)}")
+            parts.append(
+                f"{r['arm']} {r['domain']} {fixed(d['diff'], sign=True)} {interval((d['lo'], d['hi']))}, t = {fixed(d['t'], 1)}"
+            )
             if d["lo"] <= 0:
                 unsure.append(f"{r['arm']} on {NAMES[r['domain']]}")
         elif r["shuffled"] is not None:
-            parts.append(f"{r['arm']} {r['domain']} {fixed(r['shuffled'] - r['true'], sign=True)} (no documents kept, so no interval)")
+            parts.append(
+                f"{r['arm']} {r['domain']} {fixed(r['shuffled'] - r['true'], sign=True)} (no documents kept, so no interval)"
+            )
             unsure.append(f"{r['arm']} on {NAMES[r['domain']]}")
     text = "Largest run of each arm. No image: grey patches; another image: one of the same set. "
     if not parts:

@@ -20,6 +20,7 @@ from isofusion.data.world.vocab import FOOD_WORDS, HOME_WORDS, SYLLABLE, TRAIT_V
 # K entities; a name is 3 syllables of 128, a glyph 4 parts of 64
 N_SYLLABLES, N_PARTS, LEAVES = 128, 64, 64
 NAME_BITS, GLYPH_BITS, TAIL_BITS, LEAF_BITS = 21, 20, 18, 6
+ROUNDS, CHUNK = 4, 1 << 14  # Feistel rounds; numbers hashed at once, so that they stay in the cache
 NAME_NATS = 3 * math.log(N_SYLLABLES)
 """log(128^3): nats of a name to someone who knows nothing about it."""
 
@@ -39,13 +40,18 @@ def keys(seed: int, purpose: int, n: int) -> np.ndarray:
 def feistel(x: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray:
     """A bijection of [0, 2^bits): alternately xor one half with a hash of the other (halves may differ by a bit)."""
     low = bits // 2
-    lo, hi = x & np.uint64((1 << low) - 1), x >> np.uint64(low)
-    for i, key in enumerate(round_keys):
-        if i % 2 == 0:
-            hi = hi ^ (mix64(lo + key) & np.uint64((1 << (bits - low)) - 1))
-        else:
-            lo = lo ^ (mix64(hi + key) & np.uint64((1 << low) - 1))
-    return hi << np.uint64(low) | lo
+    low_mask, high_mask, shift = np.uint64((1 << low) - 1), np.uint64((1 << (bits - low)) - 1), np.uint64(low)
+    out = np.empty_like(x)
+    for start in range(0, len(x), CHUNK):
+        part = x[start : start + CHUNK]
+        lo, hi = part & low_mask, part >> shift
+        for i, key in enumerate(round_keys):
+            if i % 2 == 0:
+                hi = hi ^ (mix64(lo + key) & high_mask)
+            else:
+                lo = lo ^ (mix64(hi + key) & low_mask)
+        out[start : start + CHUNK] = hi << shift | lo
+    return out
 
 
 @dataclass(frozen=True)
@@ -72,24 +78,35 @@ def build(cfg: WorldConfig) -> Entities:
     return _build(cfg.seed, cfg.entity_bits, cfg.zipf)
 
 
+def _columns(dtype: type, *columns: np.ndarray) -> np.ndarray:
+    out = np.empty((len(columns[0]), len(columns)), dtype)
+    for i, column in enumerate(columns):
+        out[:, i] = column
+    return out
+
+
 @lru_cache(maxsize=4)
 def _build(seed: int, bits: int, zipf: float) -> Entities:
     n = 1 << bits
     k = np.arange(n, dtype=np.uint64)
-    p = np.arange(1, n + 1, dtype=np.float64) ** -zipf
-    p /= p.sum()
+    log_p = -zipf * np.log(np.arange(1, n + 1, dtype=np.float64))
+    p = np.exp(log_p)
+    total = p.sum()
+    p /= total
+    log_p -= np.log(total)
 
-    code = feistel(k, NAME_BITS, keys(seed, 1, 6))
-    names = np.stack([code >> np.uint64(14), code >> np.uint64(7) & np.uint64(127), code & np.uint64(127)], 1)
-    place = feistel(k, GLYPH_BITS, keys(seed, 2, 6))
-    tail = feistel(place >> np.uint64(LEAF_BITS), TAIL_BITS, keys(seed, 3, 6))
-    six = np.uint64(63)
-    parts = np.stack([place & six, tail >> np.uint64(12), tail >> np.uint64(6) & six, tail & six], 1)
+    code = feistel(k, NAME_BITS, keys(seed, 1, ROUNDS)).astype(np.int32)
+    pair = code >> 7
+    first = pair >> 7
+    names = _columns(np.int16, first, pair & 127, code & 127)
+    place = feistel(k, GLYPH_BITS, keys(seed, 2, ROUNDS))
+    tail = feistel(place >> np.uint64(LEAF_BITS), TAIL_BITS, keys(seed, 3, ROUNDS)).astype(np.int32)
+    parts = _columns(np.uint8, place & np.uint64(63), tail >> 12, tail >> 6 & 63, tail & 63)
 
-    first, pair = (code >> np.uint64(14)).astype(np.int64), (code >> np.uint64(7)).astype(np.int64)
-    p_first = np.bincount(first, p, N_SYLLABLES)[first]
-    p_pair = np.bincount(pair, p, N_SYLLABLES**2)[pair]
-    name_nats = np.stack([-np.log(p_first), np.log(p_first / p_pair), np.log(p_pair / p)], 1)
+    with np.errstate(divide="ignore"):  # no entity has a syllable of zero mass
+        log_first = np.log(np.bincount(first, p, N_SYLLABLES))[first]
+        log_pair = np.log(np.bincount(pair, p, N_SYLLABLES**2))[pair]
+    name_nats = _columns(np.float32, -log_first, log_first - log_pair, log_pair - log_p)
 
     rng = keys(seed, 4, LEAVES + LEAVES // 4)
     foods = np.argsort(rng[:LEAVES], kind="stable") % len(FOOD_WORDS)  # balanced: four leaves a food
@@ -99,9 +116,9 @@ def _build(seed: int, bits: int, zipf: float) -> Entities:
     cum = np.cumsum(p)[:-1]
     return Entities(
         p=p,
-        names=names.astype(np.int16),
-        parts=parts.astype(np.uint8),
-        name_nats=np.maximum(name_nats, 0).astype(np.float32),
+        names=names,
+        parts=parts,
+        name_nats=np.maximum(name_nats, 0, out=name_nats),
         traits=traits,
         draw=Table(p, cum, ()),
     )
