@@ -43,7 +43,7 @@ class PackedBatch:
         """The same batch with torch tensors on `device` (index vectors become int64 where torch needs them)."""
         import torch
 
-        changed = {}
+        changed: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, np.ndarray):

@@ -79,7 +79,7 @@ def build(cfg: WorldConfig) -> Entities:
 
 
 def _columns(dtype: type, *columns: np.ndarray) -> np.ndarray:
-    out = np.empty((len(columns[0]), len(columns)), dtype)
+    out: np.ndarray = np.empty((len(columns[0]), len(columns)), dtype)
     for i, column in enumerate(columns):
         out[:, i] = column
     return out
