@@ -26,7 +26,7 @@ from isofusion.data.world.scene import (
     SIGN_RGB,
     draw_scene,
 )
-from isofusion.data.world.vocab import COLOUR_WORDS, FRAME_WORDS, NUMERAL_WORDS, SIDE_WORDS, WORDS, WorldTokenizer
+from isofusion.data.world.vocab import COLOUR_WORDS, FRAME_WORDS, MOD, NUMERAL_WORDS, SIDE_WORDS, WORDS, WorldTokenizer
 from isofusion.errors import InputError
 
 
@@ -209,7 +209,7 @@ def test_captions_are_true_of_their_pixels(world):
         asked = {said[j + 2]: NUMERAL_WORDS.index(said[j + 1]) for j in range(image) if said[j] == "ask"}
         at = image + 1
         for side, operand in asked.items():
-            y = NUMERAL_WORDS[(frame[SIDE_WORDS.index(side)] + operand) % 4]
+            y = NUMERAL_WORDS[(frame[SIDE_WORDS.index(side)] + operand) % MOD]
             assert said[at : at + 2] == [side, y]
             at += 2
             answers["before"] += 1
@@ -240,7 +240,7 @@ def test_captions_are_true_of_their_pixels(world):
         while at < len(said):
             assert said[at] == "ask"
             operand, side = NUMERAL_WORDS.index(said[at + 1]), SIDE_WORDS.index(said[at + 2])
-            assert said[at + 3] == NUMERAL_WORDS[(frame[side] + operand) % 4]
+            assert said[at + 3] == NUMERAL_WORDS[(frame[side] + operand) % MOD]
             at += 4
             answers["after"] += 1
     assert min(answers.values()) > 100
@@ -267,10 +267,10 @@ def test_hidden_bytes_never_touch_the_text(world):
 
 @pytest.mark.parametrize("kind", ["fusion-before", "fusion-after"])
 def test_text_alone_says_nothing_about_a_fusion_answer(world, kind):
-    """Given operand and side the answer is uniform over four; given the other answers too."""
+    """Given operand and side the answer is uniform; given the other answers too."""
     code = World.CLASSES.index(kind)
-    table = np.zeros((16, 4))
-    earlier = np.zeros((4, 4))
+    table = np.zeros((4 * MOD, MOD))
+    earlier = np.zeros((MOD, MOD))
     for i in range(1200):
         sample = world.sample(9, "caption", 1, i)
         said = words_of(sample)
@@ -287,8 +287,8 @@ def test_text_alone_says_nothing_about_a_fusion_answer(world, kind):
                 last = y
     assert table.sum() > 1000
     for counts in (table, earlier):
-        expected = counts.sum(1, keepdims=True) / 4
-        chi2, cells = ((counts - expected) ** 2 / expected).sum(), 3 * len(counts)
+        expected = counts.sum(1, keepdims=True) / MOD
+        chi2, cells = ((counts - expected) ** 2 / expected).sum(), (MOD - 1) * len(counts)
         assert chi2 < cells + 5 * math.sqrt(2 * cells)
 
 

@@ -190,14 +190,11 @@ class Killed(BaseException):
     """Stands for kill -9: nothing in the loop may catch it."""
 
 
-@pytest.mark.parametrize("kind", ["trunk", "branch"])
-@pytest.mark.parametrize("at", [2, 4, 7])
+@pytest.mark.parametrize(("kind", "at"), [("trunk", 2), ("trunk", 4), ("trunk", 7), ("branch", 2), ("branch", 4)])
 def test_kill_between_checkpoints_repeats_only_what_came_after(whole: Path, tmp_path: Path, kind: str, at: int) -> None:
     if kind == "branch":
         train(tmp_path, config())
     run = config(kind)
-    if at > run.end_step - run.start_step:
-        pytest.skip("the branch is shorter")
     counts: list[int] = []
 
     class Dying(FakeStream):

@@ -19,8 +19,9 @@ from isofusion.config import ModelConfig
 ROLES = ("embed", "head", "patch", "connector", "norm", "attention", "ffn", "router", "experts")
 """Roles of decoder parameters; those of the image encoder start with "encoder-" (patch, norm, attention, ffn)."""
 
-EMBED_STD = 0.1
-"""Of word embeddings; patch features start at the same size."""
+EMBED_STD = 0.5
+"""Of word embeddings; patch features start at the same size. On the built-in world (width 32, 120 steps, the better of
+two learning rates) 0.02, 0.1, 0.5 and 1.0 ended at 2.47, 2.20, 2.06 and 2.06 nats."""
 
 
 def role_of(name: str) -> str:

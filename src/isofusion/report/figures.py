@@ -8,6 +8,7 @@ observed Figs. 23-24.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ def grid(panels: list[Chart], columns: int) -> Chart:
 
 
 def rows_of(values: list[dict[str, Any]]) -> alt.Data:
-    return alt.Data(values=values)
+    """Inline data as one JSON string: Altair copies structured values at every step of building a chart."""
+    return alt.Data(values=json.dumps(values), format=alt.DataFormat(type="json"))
 
 
 def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:
@@ -107,7 +109,12 @@ def scaling_per_arm(a: Analysis, layout: Layout) -> Chart | None:
     sizes = a["study"]["sizes"]
     shades = ["#c6dbef", "#6baed6", "#2171b5", "#08306b"] if len(sizes) <= 4 else None
     scheme = alt.Scale(domain=sizes, range=shades) if shades else alt.Scale(domain=sizes, scheme="blues")
-    colour = alt.Color("size:N", scale=scheme, legend=alt.Legend(orient="top", title="size", columns=6), sort=sizes)
+    colour = alt.Color(
+        "size:N",
+        scale=scheme,
+        legend=alt.Legend(orient="top", title="size", columns=6 if layout.name == "wide" else 3),
+        sort=sizes,
+    )
     all_c = [p["c"] for p in a["points"]]
     for domain in domains:
         oracle = a["entropy"].get(domain, {}).get("oracle") if a["study"]["reducible"] else 0.0

@@ -159,7 +159,12 @@ def loss_against_tokens(a: Analysis, layout: Layout) -> Chart | None:
     sizes = a["study"]["sizes"]
     shades = ["#c6dbef", "#6baed6", "#2171b5", "#08306b"] if len(sizes) <= 4 else None
     scheme = alt.Scale(domain=sizes, range=shades) if shades else alt.Scale(domain=sizes, scheme="blues")
-    colour = alt.Color("size:N", scale=scheme, legend=alt.Legend(orient="top", title="size", columns=6), sort=sizes)
+    colour = alt.Color(
+        "size:N",
+        scale=scheme,
+        legend=alt.Legend(orient="top", title="size", columns=6 if layout.name == "wide" else 3),
+        sort=sizes,
+    )
     last = max(t for c in curves for t in c["tokens"])
     first = last / 300  # the first fall from chance says nothing about arms
     tokens = [t for c in curves for t in c["tokens"] if t >= first]

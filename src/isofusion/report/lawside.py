@@ -1,4 +1,4 @@
-"""What the laws say about each arm: fits with intervals, compute-optimal N and D, differences at equal compute, hold-out.
+"""What the laws say about each arm: fits with intervals, compute-optimal N and D, differences, hold-out.
 
 The fits are isofusion.laws'. Here they are combined: the mean over domains is the mean of the domains' laws (it is not
 fitted as one power law), compute is the one the runs really spent, C = k(N)·D with k interpolated between the sizes,

@@ -13,11 +13,12 @@ from typing import Any
 
 from altair.utils.schemapi import debug_mode
 
-from isofusion.report import render, tables, text
+from isofusion.report import render, tables, tables_evidence, text
 from isofusion.report.analysis import Analysis, analyse
 from isofusion.report.figures import FIGURES
 from isofusion.report.figures_evidence import EVIDENCE_FIGURES
 from isofusion.report.style import NARROW, WIDE, themed
+from isofusion.report.words import percent
 
 DRAW = FIGURES | EVIDENCE_FIGURES
 
@@ -60,6 +61,7 @@ summary{cursor:pointer;color:var(--muted)}
 dl{display:grid;grid-template-columns:11rem 1fr;gap:.2rem 1rem;font-size:.95rem;margin:.5rem 0}
 dt{color:var(--muted)}
 dd{margin:0;overflow-wrap:anywhere}
+sup{font-size:.72em;line-height:0}
 code,pre{font:13px/1.45 "DejaVu Sans Mono",Menlo,Consolas,monospace}
 pre{background:var(--tint);padding:.7rem .8rem;overflow-x:auto}
 footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
@@ -122,7 +124,7 @@ def page(a: Analysis, drawn: dict[str, tuple[str, str]], missing: list[str]) -> 
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<style>{CSS}</style></head><body><main>",
         f'<h1>{esc(s["title"])}</h1><p class="sub">Scaling laws of native multimodal models. {esc(spans)}, domains: '
-        f"{esc(', '.join(s['domains']))}. Intervals are {s['level']:.0%}.</p>",
+        f"{esc(', '.join(s['domains']))}. Intervals are {esc(percent(s['level'], 0))}.</p>",
         '<div class="top"><section><h2>The answer</h2>',
         *(f"<p>{esc(line)}</p>" for line in text.headline(a)),
         '</section><section class="not"><h2>What this study cannot say</h2><ul>',
@@ -138,7 +140,7 @@ def page(a: Analysis, drawn: dict[str, tuple[str, str]], missing: list[str]) -> 
         if name in drawn:
             number += 1
             parts.append(_figure(number, name, title, caption(a), drawn[name]))
-        parts.append(tables.after(name, a))
+        parts.append(tables_evidence.after(name, a))
     if missing:
         names = ", ".join(text.CAPTIONS[name][0] for name in missing)
         parts.append(f"<p>Not drawn, because this study holds nothing to show there: {esc(names)}.</p>")
@@ -153,7 +155,7 @@ def _figure(number: int, name: str, title: str, caption: str, drawings: tuple[st
     wide, narrow = (render.inline(drawing, esc(title, quote=True)) for drawing in drawings)
     return (
         f'<h2 id="{name}">{esc(title)}</h2><figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
-        f"<figcaption><b>Figure {number}.</b> {esc(caption)}</figcaption></figure>"
+        f"<figcaption><b>Figure {number}.</b> {tables.raised(esc(caption))}</figcaption></figure>"
     )
 
 

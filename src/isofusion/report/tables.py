@@ -1,8 +1,9 @@
-"""The tables and lists of the page, as HTML fragments."""
+"""The tables of the page: warnings, ranking, laws, methods, all runs. HTML fragments; see also tables_evidence.py."""
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ class Html(str):
     """A cell that is already HTML."""
 
     __slots__ = ()
+
+
+def raised(text: str) -> str:
+    """x^2 and C^−0.05 with raised exponents; `text` is escaped already."""
+    return re.sub(r"\^([−-]?\d+(?:\.\d+)?|[αβc])", r"<sup>\1</sup>", text)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
@@ -43,6 +49,20 @@ def with_interval(value: str, pair: Any, how: Any) -> Html:
     if not pair or pair[0] is None:
         return Html(esc(value))
     return Html(f'{esc(value)} <span class="iv">{esc(interval(pair, how=how))}</span>')
+
+
+def losses(value: float | None, pair: Any) -> Html:
+    return with_interval(fixed(value), pair, fixed)
+
+
+def gap(entry: dict[str, Any]) -> Html:
+    """A signed difference with its interval."""
+    return with_interval(fixed(entry["diff"], sign=True), (entry["lo"], entry["hi"]), fixed)
+
+
+def folded(summary: str, content: str) -> str:
+    """Content that opens on a click; nothing where there is no content."""
+    return f"<details><summary>{esc(summary)}</summary>{content}</details>" if content else ""
 
 
 def warnings(a: Analysis) -> str:
@@ -76,11 +96,11 @@ def answer(a: Analysis) -> str:
             continue
         rows = []
         for r in ranked["arms"]:
-            gap = with_interval(fixed(r["gap"], sign=True), r["gap_interval"], lambda v: fixed(v))
+            gap = with_interval(fixed(r["gap"], sign=True), r["gap_interval"], fixed)
             rows.append(
                 [
                     arm_cell(a, r["arm"]),
-                    with_interval(fixed(r["loss"]), r["loss_interval"], lambda v: fixed(v)),
+                    with_interval(fixed(r["loss"]), r["loss_interval"], fixed),
                     gap if r["gap_interval"] else "best",
                     percent(r["p_best"], 0) if len(ranked["arms"]) > 1 else DASH,
                     with_interval(si(r["n"]), r["n_interval"], si),
@@ -116,16 +136,14 @@ def laws(a: Analysis) -> str:
                 rows.append([arm_cell(a, arm), name, reason, *[DASH] * 6, k, c, DASH])
                 continue
             iv = f["interval"]
-            show = [
-                with_interval(fixed(f[q]), iv[q], lambda v: fixed(v)) for q in ("E", "alpha", "beta", "a", "b", "d")
-            ]
+            show = [with_interval(fixed(f[q]), iv[q], fixed) for q in ("E", "alpha", "beta", "a", "b", "d")]
             reg = f.get("regression")
             slopes = f"{fixed(reg['a'])}, {fixed(reg['b'])}, {fixed(reg['d'])}" if reg else DASH
             rows.append([arm_cell(a, arm), name, *show, slopes, k, c, percent(f["share_at_bound"])])
     head = ["arm", "domain", "E", "α", "β", "a", "b", "d", "a, b, d by regression", "k", "c", "draws at a bound"]
     note = (
-        "L = E + A/N^α + B/D^β per domain; a, b, d in closed form for C ∝ ND and by regression on the FLOPs really spent; "
-        "L = k·C^c through the lower envelope. The mean over domains is not fitted as a law of its own."
+        "L = E + A/N^α + B/D^β per domain; a, b, d in closed form for C ∝ ND and by regression on the FLOPs really "
+        "spent; L = k·C^c through the lower envelope. The mean over domains is not fitted as a law of its own."
     )
     missing = [
         f"{arm} / {d}: {f['reason']}"
@@ -136,7 +154,7 @@ def laws(a: Analysis) -> str:
     failed = "".join(f"<li>{esc(m)}</li>" for m in missing)
     lists = f"<p>Without a law:</p><ul>{failed}</ul>" if failed else ""
     more = _irreducible(a)
-    return f"<h3>The laws</h3>{table(head, rows, left=(1,))}<p>{esc(note)}</p>{lists}{more}"
+    return f"<h3>The laws</h3>{table(head, rows, left=(1,))}<p>{raised(esc(note))}</p>{lists}{more}"
 
 
 def _irreducible(a: Analysis) -> str:
@@ -159,204 +177,7 @@ def _irreducible(a: Analysis) -> str:
                 ]
             )
     head = ["arm", "domain", "fitted E", "oracle entropy", "bias", "width of the interval", "oracle in the interval"]
-    return (
-        f"<details><summary>Fitted irreducible loss against the oracle entropy</summary>{table(head, rows, left=(1,))}</details>"
-        if rows
-        else ""
-    )
-
-
-def after(name: str, a: Analysis) -> str:
-    """The table that belongs under a figure, if any."""
-    if name == "differences":
-        return _differences(a)
-    if name == "predicted-against-observed":
-        return _holdout(a)
-    if name == "loss-by-class":
-        return _classes(a)
-    if name == "image-use":
-        return _image(a)
-    return ""
-
-
-def _differences(a: Analysis) -> str:
-    rows = []
-    for pair in a["differences"]:
-        for domain in [*a["study"]["domains"], "mean"]:
-            at, run = pair["at_ref"].get(domain), pair["overall"].get(domain)
-            rows.append(
-                [
-                    pair["label"],
-                    NAMES[domain],
-                    with_interval(fixed(at["diff"], sign=True), (at["lo"], at["hi"]), lambda v: fixed(v))
-                    if at
-                    else DASH,
-                    _says(pair, at),
-                    with_interval(fixed(run["diff"], sign=True), (run["lo"], run["hi"]), lambda v: fixed(v))
-                    if run
-                    else DASH,
-                    _says(pair, run),
-                    str(run["pairs"]) if run else "0",
-                ]
-            )
-    ref = power(a["study"]["c_ref"])
-    head = ["difference", "loss", f"laws at {ref} FLOPs", "so", "matched runs", "so", "pairs"]
-    return (
-        f"<details><summary>All differences, nats/token</summary>{table(head, rows, left=(1, 3, 5))}</details>"
-        if rows
-        else ""
-    )
-
-
-def _says(pair: dict[str, Any], entry: dict[str, Any] | None) -> str:
-    if not entry:
-        return DASH
-    return {"lower": f"{pair['first']} better", "higher": f"{pair['second']} better"}.get(
-        entry["verdict"], "cannot say"
-    )
-
-
-def _holdout(a: Analysis) -> str:
-    rows, runs = [], []
-    for arm, by_domain in a["holdout"].items():
-        for domain, h in by_domain.items():
-            if not h.get("ok"):
-                rows.append([arm_cell(a, arm), NAMES[domain], "not possible", *[DASH] * 7])
-                continue
-            loo = h.get("leave_one_size_out") or {}
-            drop = [loo.get("ratio_without_n"), loo.get("ratio_without_d")]
-            rows.append(
-                [
-                    arm_cell(a, arm),
-                    NAMES[domain],
-                    h["size"],
-                    percent(h["error_reducible"]),
-                    percent(h["carry_error_reducible"]),
-                    percent(h["power_law_error_reducible"]),
-                    percent(h["error"], 2),
-                    percent(h["hit_rate"], 0),
-                    {True: "yes", False: "NO", None: DASH}[h["beats_carry"]],
-                    " / ".join(f"{v:.1f}×" if v else DASH for v in drop),
-                ]
-            )
-            runs += [
-                [
-                    arm_cell(a, arm),
-                    NAMES[domain],
-                    si(p["d"]),
-                    fixed(p["observed"]),
-                    with_interval(fixed(p["predicted"]), (p["low"], p["high"]), lambda v: fixed(v)),
-                ]
-                for p in h["points"]
-            ]
-    if not rows:
-        return ""
-    head = [
-        "arm",
-        "domain",
-        "held out",
-        "error, reducible",
-        "next size carried over",
-        "k·C^c",
-        "error, loss",
-        "in the 95 % range",
-        "beats carry-over",
-        "without N / D term",
-    ]
-    noise = _noise(a)
-    detail = table(["arm", "domain", "D, tokens", "observed", "predicted"], runs, left=(1,))
-    more = f"<details><summary>Held-out runs one by one</summary>{detail}</details>" if runs else ""
-    return f"<h3>Hold-out</h3>{table(head, rows, left=(1, 2))}{more}{noise}"
-
-
-def _noise(a: Analysis) -> str:
-    rows = []
-    for domain, n in a["noise"].items():
-        groups = f"{n['groups']} groups, {n['freedom']} d.f." if n["groups"] else "no repeated seed"
-        rows.append(
-            [
-                NAMES[domain],
-                fixed(n.get("sd"), 4),
-                groups,
-                fixed(n.get("residual_sd"), 4),
-                f"{n['ratio']:.2f}" if n.get("ratio") else DASH,
-            ]
-        )
-    head = ["domain", "spread over seeds", "from", "residual of the laws", "ratio"]
-    return f"<h3>Noise floor, nats/token</h3>{table(head, rows, left=(2,))}" if rows else ""
-
-
-def _classes(a: Analysis) -> str:
-    rows = [
-        [
-            arm_cell(a, r["arm"]),
-            NAMES[r["domain"]],
-            r["label"],
-            *(fixed(r[k]) for k in ("loss", "se", "oracle", "bound", "chance", "blind", "shuffled")),
-            f"{r['targets']:.0f}" if r["targets"] else DASH,
-        ]
-        for r in sorted(a["classes"], key=lambda r: (r["domain"], r["class"] is not None, r["label"]))
-    ]
-    head = [
-        "arm",
-        "domain",
-        "targets",
-        "loss",
-        "s.e.",
-        "oracle",
-        "learner's bound",
-        "chance",
-        "no image",
-        "another image",
-        "count",
-    ]
-    compare = [
-        [
-            f"{r['first']} − {r['second']}",
-            r["class"],
-            with_interval(fixed(r["diff"], sign=True), (r["lo"], r["hi"]), lambda v: fixed(v)),
-            str(r["trunks"]),
-            {"lower": f"{r['first']} better", "higher": f"{r['second']} better"}.get(r["verdict"], "cannot say"),
-        ]
-        for r in a["fusion_compare"]
-    ]
-    more = table(["difference", "targets", "nats/token", "trunks", "so"], compare, left=(1, 4))
-    fusion = (
-        f"<details><summary>Fusion targets, arm against arm (paired by size, seed and budget)</summary>{more}</details>"
-        if more
-        else ""
-    )
-    listing = table(head, rows, left=(1, 2))
-    return fusion + (
-        f"<details><summary>All classes, largest run of each arm</summary>{listing}</details>" if listing else ""
-    )
-
-
-def _image(a: Analysis) -> str:
-    rows = []
-    for r in a["image_use"]:
-        cells = [arm_cell(a, r["arm"]), NAMES[r["domain"]], fixed(r["true"]), fixed(r["shuffled"]), fixed(r["blind"])]
-        for kind in ("shuffled", "blind"):
-            d = r.get(f"d_{kind}")
-            cells += (
-                [with_interval(fixed(d["diff"], sign=True), (d["lo"], d["hi"]), lambda v: fixed(v)), fixed(d["t"], 1)]
-                if d
-                else [DASH, DASH]
-            )
-        rows.append([*cells, str(r["docs"])])
-    head = [
-        "arm",
-        "domain",
-        "true",
-        "another image",
-        "no image",
-        "another − true",
-        "t",
-        "no image − true",
-        "t",
-        "documents",
-    ]
-    return table(head, rows, left=(1,))
+    return folded("Fitted irreducible loss against the oracle entropy", table(head, rows, left=(1,)))
 
 
 def methods(a: Analysis) -> str:
@@ -373,7 +194,7 @@ def methods(a: Analysis) -> str:
         add("Assumed", s["assumed"])
     weights = sum(x.get("weight", 0) or 0 for x in m["sources"])
     mix = [
-        f"{x['name']} {percent(x['share_rows'] if x.get('share_rows') is not None else (x.get('weight') or 0) / (weights or 1), 0)}"
+        f"{x['name']} {percent(_first(x.get('share_rows'), (x.get('weight') or 0) / (weights or 1)), 0)}"
         for x in m["sources"]
         if x.get("name")
     ]
@@ -388,13 +209,18 @@ def methods(a: Analysis) -> str:
     )
     add(
         "Packing",
-        f"rows of {m['row_len']} slots, images {m['image_size']} px in patches of {m['patch_size']}, tokenizer {m['tokenizer']}"
+        f"rows of {m['row_len']} slots, images {m['image_size']} px in patches of {m['patch_size']}, "
+        f"tokenizer {m['tokenizer']}"
         if m["row_len"]
         else None,
     )
     t = m["train"]
     if t:
-        decay = f"AdamW, peak learning rate {t.get('lr')}, {t.get('rows_per_step')} rows a step, warm-up {t.get('warmup_steps')} steps, cool-down {percent(t.get('cooldown_share'), 0)} ({t.get('cooldown_shape')}), clip {t.get('clip')}"
+        decay = (
+            f"AdamW, peak learning rate {t.get('lr')}, {t.get('rows_per_step')} rows a step, "
+            f"warm-up {t.get('warmup_steps')} steps, cool-down {percent(t.get('cooldown_share'), 0)} "
+            f"({t.get('cooldown_shape')}), clip {t.get('clip')}"
+        )
         add("Training (longest run)", f"{decay}, {m['precision'] or t.get('precision')}")
     add(
         "Tokens trained",
@@ -433,8 +259,13 @@ def methods(a: Analysis) -> str:
     add("Machine", ", ".join(f"{k} {v}" for k, v in machine.items()))
     rows = "".join(f"<dt>{esc(k)}</dt><dd>{esc(str(v))}</dd>" for k, v in pairs)
     study = m["study_file"] or f"{s['name']}.toml"
-    again = f"isofusion study estimate studies/{study}\nisofusion study run studies/{study}\nisofusion study report {s['name']}"
+    steps = [f"study estimate studies/{study}", f"study run studies/{study}", f"study report studies/{study}"]
+    again = "\n".join(f"isofusion {step}" for step in steps)
     return f"<h2>Methods</h2><dl>{rows}</dl><h2>Do it again</h2><pre>{esc(again)}</pre>"
+
+
+def _first(*values: float | None) -> float | None:
+    return next((v for v in values if v is not None), None)
 
 
 def results(a: Analysis) -> str:
@@ -446,4 +277,4 @@ def results(a: Analysis) -> str:
         for p in sorted(a["points"], key=lambda p: (a["study"]["arms"].index(p["arm"]), p["n"], p["seed"], p["d"]))
     ]
     head = ["run", "arm", "N", "D", "C, FLOPs", *shown]
-    return f"<details><summary>All {len(rows)} runs (also in results.csv)</summary>{table(head, rows, left=(1,))}</details>"
+    return folded(f"All {len(rows)} runs (also in results.csv)", table(head, rows, left=(1,)))

@@ -24,8 +24,8 @@ def headline(a: Analysis) -> list[str]:
         found.append(f"No law could be fitted, so there is no compute-optimal answer ({reason}).")
         if best_run:
             found.append(
-                f"The best run is {best_run['run']}: {fixed(best_run['loss'])} nats/token with N = {si(best_run['n'])} and "
-                f"D = {si(best_run['d'])} at {power(best_run['c'])} FLOPs. One run is not a recommendation."
+                f"The best run is {best_run['run']}: {fixed(best_run['loss'])} nats/token with N = {si(best_run['n'])} "
+                f"and D = {si(best_run['d'])} at {power(best_run['c'])} FLOPs. One run is not a recommendation."
             )
         return found
     best = ref["arms"][0]
@@ -33,8 +33,8 @@ def headline(a: Analysis) -> list[str]:
     found.append(
         f"{lead} {best['arm']} with N = {si(best['n'])} {interval(best['n_interval'], how=si)} "
         f"{a['arms'][best['arm']]['n_word']} on D = {si(best['d'])} {interval(best['d_interval'], how=si)} tokens "
-        f"(D/N = {best['ratio']:.3g}) for {power(ref['c'])} FLOPs, the largest budget every arm reached. Its laws predict "
-        f"{fixed(best['loss'])} {interval(best['loss_interval'])} nats/token, {_mean_words(a)}."
+        f"(D/N = {best['ratio']:.3g}) for {power(ref['c'])} FLOPs, the largest budget every arm reached. Its laws "
+        f"predict {fixed(best['loss'])} {interval(best['loss_interval'])} nats/token, {_mean_words(a)}."
     )
     if best["extrapolated"]:
         n, d = a["arms"][best["arm"]]["range"]["n"], a["arms"][best["arm"]]["range"]["d"]
@@ -72,19 +72,21 @@ def _how_sure(ref: dict[str, Any], level: float) -> list[str]:
     best, second = rows[0], rows[1]
     gap = f"{second['arm']} is {fixed(second['gap'])} {interval(second['gap_interval'])} nats/token behind"
     if ref["clear"]:
-        return [f"How sure: {gap}, and every other arm's {level:.0%} interval excludes 0; {best['arm']} is best in "
+        return [f"How sure: {gap}, and every other arm's {percent(level, 0)} interval excludes 0; {best['arm']} is best in "
                 f"{percent(best['p_best'], 0)} of the bootstrap draws."]  # fmt: skip
     beaten = [r["arm"] for r in rows[1:] if r["worse"]]
     more = f" It does beat {listed(beaten)}." if beaten else ""
     return [
-        f"How sure: not enough to choose. {gap}, an interval with 0 inside or at its edge, so this study cannot say whether "
-        f"{best['arm']} is better than {listed(ref['tied'])}; it is best in {percent(best['p_best'], 0)} of the draws.{more}"
+        f"How sure: not enough to choose. {gap}, an interval with 0 inside or at its edge, so this study cannot say "
+        f"whether {best['arm']} is better than {listed(ref['tied'])}; it is best in {percent(best['p_best'], 0)} of the "
+        f"draws.{more}"
     ]
 
 
 def loss_against_flops(a: Analysis) -> str:
     key = mean_key(a)
-    text = f"{a['study']['runs']} runs; lines: compute-optimal loss of each arm's law, N inside the trained sizes, with {a['study']['level']:.0%} bands."
+    text = f"{a['study']['runs']} runs; lines: compute-optimal loss of each arm's law, N inside the trained sizes, "
+    text += f"with {percent(a['study']['level'], 0)} bands."
     rows = (a["answer"]["ref"] or {"arms": []})["arms"]
     if rows:
         at = "; ".join(f"{r['arm']} {fixed(r['loss'])} {interval(r['loss_interval'])}" for r in rows)
@@ -126,13 +128,15 @@ def differences(a: Analysis) -> str:
                 run["verdict"], "cannot say"
             )
             words.append(
-                f"{fixed(run['diff'], sign=True)} {interval((run['lo'], run['hi']))} over {run['pairs']} matched runs ({sure})"
+                f"{fixed(run['diff'], sign=True)} {interval((run['lo'], run['hi']))} over {run['pairs']} matched runs "
+                f"({sure})"
             )
         if words:
             parts.append(f"{pair['label']}: {' and '.join(words)}")
     text = (
-        "Below 0 the first arm is better. Bands: laws at equal compute; circles: runs of one size, seed and token budget; "
-        "dots: their mean per size, with an interval where seeds repeat. Matched runs have equal N (active N for experts) and D, not equal C."
+        "Below 0 the first arm is better. Bands: laws at equal compute; circles: runs of one size, seed and token "
+        "budget; dots: their mean per size, with an interval where seeds repeat. Matched runs have equal N (active N for "
+        "experts) and D, not equal C. A narrow screen shows the mean only."
     )
     return f"{text} In nats/token, {NAMES[key]}: {'. '.join(parts)}." if parts else text
 
@@ -148,8 +152,8 @@ def compute_optimal(a: Analysis) -> str:
         text += f" {'; '.join(parts)}."
     for r in (a["answer"]["ref"] or {"arms": []})["arms"][:1]:
         text += (
-            f" At {power(a['answer']['ref']['c'])} FLOPs {r['arm']} wants {r['ratio']:.3g} {interval(r['ratio_interval'], how=lambda v: f'{v:.3g}')} "
-            f"tokens per parameter."
+            f" At {power(a['answer']['ref']['c'])} FLOPs {r['arm']} wants {r['ratio']:.3g} "
+            f"{interval(r['ratio_interval'], how=lambda v: f'{v:.3g}')} tokens per parameter."
         )
     return text
 
@@ -218,13 +222,15 @@ def image_use(a: Analysis) -> str:
         d = r.get("d_shuffled")
         if d:
             parts.append(
-                f"{r['arm']} {r['domain']} {fixed(d['diff'], sign=True)} {interval((d['lo'], d['hi']))}, t = {fixed(d['t'], 1)}"
+                f"{r['arm']} {r['domain']} {fixed(d['diff'], sign=True)} {interval((d['lo'], d['hi']))}, "
+                f"t = {fixed(d['t'], 1)}"
             )
             if d["lo"] <= 0:
                 unsure.append(f"{r['arm']} on {NAMES[r['domain']]}")
         elif r["shuffled"] is not None:
             parts.append(
-                f"{r['arm']} {r['domain']} {fixed(r['shuffled'] - r['true'], sign=True)} (no documents kept, so no interval)"
+                f"{r['arm']} {r['domain']} {fixed(r['shuffled'] - r['true'], sign=True)} (no documents kept, so no "
+                f"interval)"
             )
             unsure.append(f"{r['arm']} on {NAMES[r['domain']]}")
     text = "Largest run of each arm. No image: grey patches; another image: one of the same set. "
@@ -242,18 +248,20 @@ def tokens_per_expert(a: Analysis) -> str:
         score = e["balanced"]
         top = max(range(len(score)), key=lambda i: score[i])
         parts.append(
-            f"{arm}: {fixed(score[0], 2)} in the first layer, {fixed(score[-1], 2)} in the last, highest in layer {top + 1} "
-            f"({fixed(score[top], 2)}); uncorrected for the token mixture, mean {fixed(sum(e['score']) / len(e['score']), 2)}"
+            f"{arm}: {fixed(score[0], 2)} in the first layer, {fixed(score[-1], 2)} in the last, highest in layer "
+            f"{top + 1} ({fixed(score[top], 2)}); not corrected for the token mixture, mean "
+            f"{fixed(sum(e['score']) / len(e['score']), 2)}"
         )
     return (
-        "Share of each modality's validation tokens that an expert takes, largest run. Specialisation, 0 (experts blind to "
-        f"modality) to 1 (each expert one modality): {'. '.join(parts)}."
+        "Share of each modality's validation tokens that an expert takes, largest run. Specialisation, 0 (experts blind "
+        f"to modality) to 1 (each expert one modality): {'. '.join(parts)}."
     )
 
 
 def loss_against_tokens(a: Analysis) -> str:
     trunks = [c for c in a["training"] if c["kind"] == "trunk"]
-    text = f"Seed {min(a['study']['seeds'])}; {len(trunks)} trunks at constant learning rate and the cool-downs that branch off them."
+    text = f"Seed {min(a['study']['seeds'])}; {len(trunks)} trunks at constant learning rate and the cool-downs that "
+    text += "branch off them."
     ends = [(c["arm"], c["size"], c["loss"][-1]) for c in a["training"] if c["kind"] == "branch"]
     if ends:
         arm, size, loss = min(ends, key=lambda e: e[2])

@@ -18,6 +18,7 @@ from isofusion.data.world.vocab import (
     FUSION_BEFORE,
     GRAMMAR,
     LOOKUP,
+    MOD,
     NAME,
     NUMERAL,
     NUMERALS,
@@ -31,7 +32,7 @@ from isofusion.data.world.vocab import (
 
 TRAIT_AFTER_NAME = table((0.55, 0.15, 0.15, 0.15))  # nothing, is, lives, eats
 Question = tuple[int, int]
-"""(operand, side); its answer is (frame colour of the side + operand) mod 4."""
+"""(operand, side); its answer is (frame colour of the side + operand) mod m."""
 
 
 class Document(Writer):
@@ -86,22 +87,22 @@ class Document(Writer):
             self.put(NUMERALS[scene.sign[0]], NUMERAL)
 
     def question(self, free_sides: list[int]) -> Question:
-        """`ask two top`: operand uniform, side uniform among those not spoken of yet."""
+        """`ask one top`: operand uniform, side uniform among those not spoken of yet."""
         self.put(ASK, GRAMMAR)
-        operand = self.pick(NUMERALS[:4], CHOICE)
+        operand = self.pick(NUMERALS[:MOD], CHOICE)
         side = free_sides.pop(self.pick([SIDES[s] for s in free_sides], CHOICE))
         return operand, side
 
     def ask_after(self, scene: Scene) -> None:
-        """`ask two top three`: the answer stands right after the side, where side and operand are nearest."""
+        """`ask one top zero`: the answer stands right after the side, where side and operand are nearest."""
         operand, side = self.question(scene.free_sides)
-        self.put(NUMERALS[(scene.frame[side] + operand) % 4], FUSION_AFTER)
+        self.put(NUMERALS[(scene.frame[side] + operand) % MOD], FUSION_AFTER)
 
     def answer(self, scene: Scene, questions: list[Question]) -> None:
-        """`top three`, in the order of the questions before the image."""
+        """`top zero`, in the order of the questions before the image."""
         for operand, side in questions:
             self.put(SIDES[side], REFERENCE)
-            self.put(NUMERALS[(scene.frame[side] + operand) % 4], FUSION_BEFORE)
+            self.put(NUMERALS[(scene.frame[side] + operand) % MOD], FUSION_BEFORE)
 
     def relate(self, scene: Scene) -> None:
         """`from red blue left`: seen from the red one, the blue one is left."""
@@ -112,7 +113,7 @@ class Document(Writer):
         self.put(scene.relation(a, b), SPATIAL)
 
     def read_rim(self, scene: Scene) -> None:
-        """`rim top orange`: a frame colour read out, on a side that no question asks about."""
+        """`rim top white`: a frame colour read out, on a side that no question asks about."""
         self.put(RIM, GRAMMAR)
         side = scene.free_sides.pop(self.pick([SIDES[s] for s in scene.free_sides], CHOICE))
         self.put(FRAMES[scene.frame[side]], COLOUR)

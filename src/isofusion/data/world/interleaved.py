@@ -12,6 +12,7 @@ from isofusion.data.world.vocab import (
     COLOURS,
     FUSION_AFTER,
     GRAMMAR,
+    MOD,
     NICKNAMES,
     NUMERALS,
     ORDINALS,
@@ -112,13 +113,13 @@ def _extra(doc: Document, scenes: list[Scene], nicknames: list[tuple[int, int]])
 
 
 def _look_back(doc: Document, earlier: list[Scene]) -> None:
-    """`first red bo-ka-ti`, or a question about an earlier image: `first ask two top three`."""
+    """`first red bo-ka-ti`, or a question about an earlier image: `first ask one top zero`."""
     scene = earlier[doc.pick(ORDINALS[: len(earlier)], CHOICE)]
     if scene.free_sides and doc.defer(EVEN):
         doc.put(ASK, GRAMMAR)
-        operand = doc.pick(NUMERALS[:4], CHOICE)
+        operand = doc.pick(NUMERALS[:MOD], CHOICE)
         side = scene.free_sides.pop(doc.pick([SIDES[s] for s in scene.free_sides], CHOICE))
-        doc.put(NUMERALS[(scene.frame[side] + operand) % 4], FUSION_AFTER)
+        doc.put(NUMERALS[(scene.frame[side] + operand) % MOD], FUSION_AFTER)
         return
     place = doc.pick([COLOURS[c] for c in scene.colours], CHOICE)
     for token in doc.entities.name_tokens(scene.entities[place]):

@@ -15,15 +15,15 @@ import numpy as np
 
 from isofusion.data.world.choice import Chooser, Table, table, uniform
 from isofusion.data.world.entities import N_PARTS, Entities
-from isofusion.data.world.vocab import ABOVE, BELOW, LEFT, RIGHT
+from isofusion.data.world.vocab import ABOVE, BELOW, LEFT, MOD, RIGHT
 from isofusion.errors import InputError
 
 # the ground is mid-grey, zero after the usual normalisation: what an image says is then most of what a patch carries
 GLYPH_RGB = np.array(
-    [(230, 0, 0), (0, 205, 0), (20, 20, 238), (175, 160, 0), (215, 0, 145), (0, 160, 170)], dtype=np.uint8
-)
-FRAME_RGB = np.array([(238, 238, 238), (238, 120, 0), (120, 25, 215), (0, 0, 0)], dtype=np.uint8)
-SIGN_RGB = np.array((238, 238, 238), dtype=np.uint8)
+    [(212, 0, 0), (0, 212, 0), (0, 0, 232), (112, 100, 0), (130, 0, 82), (0, 106, 106)], dtype=np.uint8
+)  # about equal in r + g + b, so that a shape reads the same in any colour
+FRAME_RGB = np.array([(238, 238, 238), (0, 0, 0)], dtype=np.uint8)
+SIGN_RGB = np.array((238, 190, 40), dtype=np.uint8)
 BACKGROUND, CLUTTER, NOISE = 118, 20, 16  # grey level; most that clutter adds; noise is 0 .. NOISE-1
 UNIT = 48  # a glyph cell and a frame bar are 2 px per UNIT of image side
 SAILS = (
@@ -65,7 +65,7 @@ def draw_scene(chooser: Chooser, entities: Entities, count: Table, p_sign: float
     n = choose(count, "count") + 1
     cells, colours = list(range(9)), list(range(len(GLYPH_RGB)))
     taken = sorted(cells.pop(choose(uniform(len(cells)), "cell")) for _ in range(n))
-    frame = [choose(uniform(4), "frame") for _ in range(4)]
+    frame = [choose(uniform(MOD), "frame") for _ in range(4)]
     sign = None
     if choose(table((1 - p_sign, p_sign)), "sign"):
         sign = choose(uniform(10), "digit"), cells[choose(uniform(len(cells)), "cell")]
@@ -105,6 +105,10 @@ class Renderer:
         """(y, x) of a square's glyph before jitter, in px."""
         return 3 * self.unit + cell // 3 * self.pitch, 3 * self.unit + cell % 3 * self.pitch
 
+    def _jitter(self, byte: int) -> int:
+        """0 px in three cases of four, else 1 .. cell - 1 px."""
+        return 0 if byte & 3 else 1 + (byte >> 2) % (self.cell - 1)
+
     def render(self, scene: Scene, parts: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """u8[size, size, 3] from the scene, the glyph parts u8[n, 4] and `n_hidden` hidden bytes."""
         size, bar, side = self.size, self.bar, 5 * self.cell
@@ -116,13 +120,13 @@ class Renderer:
             out[y : y + 2 + (h * size >> 10), x : x + 2 + (w * size >> 10), channel % 3] += level * CLUTTER >> 8
         for i, (four, colour, cell) in enumerate(zip(parts.tolist(), scene.colours, scene.cells, strict=True)):
             y, x = self.corner(cell)
-            y, x = y + bits[24 + 2 * i] % self.cell, x + bits[25 + 2 * i] % self.cell
+            y, x = y + self._jitter(bits[24 + 2 * i]), x + self._jitter(bits[25 + 2 * i])
             a, b, c, d = four
             mask = self.parts[0, a] | self.parts[1, b] | self.parts[2, c] | self.parts[3, d]
             np.copyto(out[y : y + side, x : x + side], GLYPH_RGB[colour], where=mask)
         if scene.sign is not None:
             y, x = self.corner(scene.sign[1])
-            y, x = y + bits[40] % self.cell, x + self.cell + bits[41] % self.cell
+            y, x = y + self._jitter(bits[40]), x + self.cell + self._jitter(bits[41])
             mask = self.digits[scene.sign[0]]
             np.copyto(out[y : y + mask.shape[0], x : x + mask.shape[1]], SIGN_RGB, where=mask)
         top, bottom, left, right = FRAME_RGB[scene.frame]

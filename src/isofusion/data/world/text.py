@@ -23,6 +23,7 @@ from isofusion.data.world.vocab import (
     GRAMMAR,
     LEXICON,
     LEXICON_SIZE,
+    MOD,
     NUMERAL,
     NUMERALS,
     RULE,
@@ -127,11 +128,11 @@ def _fact(doc: Document, rules: Rules) -> None:
 
 
 def _sum(doc: Document, rules: Rules) -> None:
-    """`sum two three one`: addition mod 4, the same table that the questions about frames need."""
+    """`sum one one zero`: addition mod m, the same table that the questions about frames need."""
     doc.put(SUM, GRAMMAR)
-    a = doc.pick(NUMERALS[:4], CHOICE)
-    b = doc.pick(NUMERALS[:4], CHOICE)
-    doc.put(NUMERALS[(a + b) % 4], NUMERAL)
+    a = doc.pick(NUMERALS[:MOD], CHOICE)
+    b = doc.pick(NUMERALS[:MOD], CHOICE)
+    doc.put(NUMERALS[(a + b) % MOD], NUMERAL)
     doc.put(STOP, GRAMMAR)
 
 

@@ -21,7 +21,7 @@ CLASSES = (
     "spatial",  # above, below, left, right of
     "count",  # how many entities
     "attribute",  # what an entity is, eats, where it lives
-    "fusion-after",  # (frame colour + operand) mod 4, asked after the image
+    "fusion-after",  # (frame colour + operand) mod m, asked after the image
     "fusion-before",  # the same, asked before the image
     "name",  # entity names in text: the Zipf entropy
     "rule",  # the text grammar
@@ -35,8 +35,9 @@ CLASSES = (
  COLOUR) = range(len(CLASSES))  # fmt: skip
 
 SYLLABLE_WORDS = tuple(c + v for c in "bdfghjklmnprstvz" for v in ("a", "e", "i", "o", "u", "ai", "au", "oi"))
-COLOUR_WORDS = ("red", "green", "blue", "yellow", "pink", "cyan")
-FRAME_WORDS = ("white", "orange", "violet", "black")
+COLOUR_WORDS = ("red", "green", "blue", "brown", "plum", "teal")
+FRAME_WORDS = ("white", "black")
+MOD = len(FRAME_WORDS)  # m of the fusion questions: (frame colour + operand) mod m
 NUMERAL_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINAL_WORDS = ("first", "second", "third", "fourth")
 SIDE_WORDS = ("top", "bottom", "left", "right")

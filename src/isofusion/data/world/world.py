@@ -22,7 +22,7 @@ from isofusion.data.world import entities as entities_module
 from isofusion.data.world.choice import Chooser
 from isofusion.data.world.document import Document
 from isofusion.data.world.scene import Renderer
-from isofusion.data.world.vocab import CLASSES, WorldTokenizer
+from isofusion.data.world.vocab import CLASSES, MOD, WorldTokenizer
 from isofusion.errors import InputError
 
 VERSION = 1
@@ -33,8 +33,8 @@ CHANCE: dict[str, float | None] = {
     "lookup": math.log(entities_module.N_SYLLABLES),
     "spatial": math.log(4),
     "count": math.log(6),
-    "fusion-after": math.log(4),
-    "fusion-before": math.log(4),
+    "fusion-after": math.log(MOD),
+    "fusion-before": math.log(MOD),
 }
 
 

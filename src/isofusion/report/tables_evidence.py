@@ -1,0 +1,188 @@
+"""The tables under the figures: differences, hold-out and noise floor, token classes, use of the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from isofusion.report.figures import NAMES
+from isofusion.report.tables import Analysis, arm_cell, folded, gap, losses, table
+from isofusion.report.words import DASH, fixed, percent, power, si
+
+
+def after(name: str, a: Analysis) -> str:
+    """The table that belongs under a figure, if any."""
+    if name == "differences":
+        return _differences(a)
+    if name == "predicted-against-observed":
+        return _holdout(a)
+    if name == "loss-by-class":
+        return _classes(a)
+    if name == "image-use":
+        return _image(a)
+    return ""
+
+
+def _differences(a: Analysis) -> str:
+    rows = []
+    for pair in a["differences"]:
+        for domain in [*a["study"]["domains"], "mean"]:
+            at, run = pair["at_ref"].get(domain), pair["overall"].get(domain)
+            rows.append(
+                [
+                    pair["label"],
+                    NAMES[domain],
+                    gap(at) if at else DASH,
+                    _says(pair, at),
+                    gap(run) if run else DASH,
+                    _says(pair, run),
+                    str(run["pairs"]) if run else "0",
+                ]
+            )
+    ref = power(a["study"]["c_ref"])
+    head = ["difference", "loss", f"laws at {ref} FLOPs", "so", "matched runs", "so", "pairs"]
+    return (
+        f"<details><summary>All differences, nats/token</summary>{table(head, rows, left=(1, 3, 5))}</details>"
+        if rows
+        else ""
+    )
+
+
+def _says(pair: dict[str, Any], entry: dict[str, Any] | None) -> str:
+    if not entry:
+        return DASH
+    return {"lower": f"{pair['first']} better", "higher": f"{pair['second']} better"}.get(
+        entry["verdict"], "cannot say"
+    )
+
+
+def _holdout(a: Analysis) -> str:
+    rows, runs = [], []
+    for arm, by_domain in a["holdout"].items():
+        for domain, h in by_domain.items():
+            if not h.get("ok"):
+                rows.append([arm_cell(a, arm), NAMES[domain], "not possible", *[DASH] * 7])
+                continue
+            loo = h.get("leave_one_size_out") or {}
+            drop = [loo.get("ratio_without_n"), loo.get("ratio_without_d")]
+            rows.append(
+                [
+                    arm_cell(a, arm),
+                    NAMES[domain],
+                    h["size"],
+                    percent(h["error_reducible"]),
+                    percent(h["carry_error_reducible"]),
+                    percent(h["power_law_error_reducible"]),
+                    percent(h["error"], 2),
+                    percent(h["hit_rate"], 0),
+                    {True: "yes", False: "NO", None: DASH}[h["beats_carry"]],
+                    " / ".join(f"{v:.1f}×" if v else DASH for v in drop),
+                ]
+            )
+            runs += [
+                [
+                    arm_cell(a, arm),
+                    NAMES[domain],
+                    si(p["d"]),
+                    fixed(p["observed"]),
+                    losses(p["predicted"], (p["low"], p["high"])),
+                ]
+                for p in h["points"]
+            ]
+    if not rows:
+        return ""
+    head = [
+        "arm",
+        "domain",
+        "held out",
+        "error, reducible",
+        "next size carried over",
+        "k·C^c",
+        "error, loss",
+        "in the 95 % range",
+        "beats carry-over",
+        "without N / D term",
+    ]
+    noise = _noise(a)
+    detail = table(["arm", "domain", "D, tokens", "observed", "predicted"], runs, left=(1,))
+    more = folded("Held-out runs one by one", detail)
+    return f"<h3>Hold-out</h3>{table(head, rows, left=(1, 2))}{more}{noise}"
+
+
+def _noise(a: Analysis) -> str:
+    rows = []
+    for domain, n in a["noise"].items():
+        groups = f"{n['groups']} groups, {n['freedom']} d.f." if n["groups"] else "no repeated seed"
+        rows.append(
+            [
+                NAMES[domain],
+                fixed(n.get("sd"), 4),
+                groups,
+                fixed(n.get("residual_sd"), 4),
+                f"{n['ratio']:.2f}" if n.get("ratio") else DASH,
+            ]
+        )
+    head = ["domain", "spread over seeds", "from", "residual of the laws", "ratio"]
+    return f"<h3>Noise floor, nats/token</h3>{table(head, rows, left=(2,))}" if rows else ""
+
+
+def _classes(a: Analysis) -> str:
+    rows = [
+        [
+            arm_cell(a, r["arm"]),
+            NAMES[r["domain"]],
+            r["label"],
+            *(fixed(r[k]) for k in ("loss", "se", "oracle", "bound", "chance", "blind", "shuffled")),
+            f"{r['targets']:.0f}" if r["targets"] else DASH,
+        ]
+        for r in sorted(a["classes"], key=lambda r: (r["domain"], r["class"] is not None, r["label"]))
+    ]
+    head = [
+        "arm",
+        "domain",
+        "targets",
+        "loss",
+        "s.e.",
+        "oracle",
+        "learner's bound",
+        "chance",
+        "no image",
+        "another image",
+        "count",
+    ]
+    compare = [
+        [
+            f"{r['first']} − {r['second']}",
+            r["class"],
+            gap(r),
+            str(r["trunks"]),
+            {"lower": f"{r['first']} better", "higher": f"{r['second']} better"}.get(r["verdict"], "cannot say"),
+        ]
+        for r in a["fusion_compare"]
+    ]
+    more = table(["difference", "targets", "nats/token", "trunks", "so"], compare, left=(1, 4))
+    fusion = folded("Fusion targets, arm against arm (paired by size, seed and budget)", more)
+    listing = table(head, rows, left=(1, 2))
+    return fusion + folded("All classes, largest run of each arm", listing)
+
+
+def _image(a: Analysis) -> str:
+    rows = []
+    for r in a["image_use"]:
+        cells = [arm_cell(a, r["arm"]), NAMES[r["domain"]], fixed(r["true"]), fixed(r["shuffled"]), fixed(r["blind"])]
+        for kind in ("shuffled", "blind"):
+            d = r.get(f"d_{kind}")
+            cells += [gap(d), fixed(d["t"], 1)] if d else [DASH, DASH]
+        rows.append([*cells, str(r["docs"])])
+    head = [
+        "arm",
+        "domain",
+        "true",
+        "another image",
+        "no image",
+        "another − true",
+        "t",
+        "no image − true",
+        "t",
+        "documents",
+    ]
+    return table(head, rows, left=(1,))

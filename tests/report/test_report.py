@@ -1,0 +1,234 @@
+"""The page from planted laws: self-contained, every figure there, sentences that hold the analysis' own numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isofusion.errors import InputError
+from isofusion.report import evidence, text, words
+from isofusion.report.analysis import analyse
+from isofusion.report.page import DRAW, build_report
+from isofusion.report.style import NARROW, WIDE, arm_styles, log_ticks, themed
+
+
+@pytest.fixture(scope="session")
+def built(planted: Any) -> tuple[Path, dict[str, Any], str]:
+    out, rows = planted
+    path = build_report(out, rows)
+    return out, json.loads((out / "analysis.json").read_text()), path.read_text()
+
+
+def test_page_is_self_contained(built: Any) -> None:
+    _, _, page = built
+    assert not re.search(r'(src|href)\s*=\s*"(?!#)', page)
+    assert "<script" not in page
+    assert "@import" not in page
+    assert "url(http" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert len(page) < 3_000_000
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"url\(#([^)]+)\)", page))
+    assert used <= set(ids)
+
+
+def test_every_figure_is_drawn_wide_and_narrow_and_saved(built: Any) -> None:
+    out, _, page = built
+    assert set(DRAW) == set(text.CAPTIONS)
+    for name in DRAW:
+        assert (out / "figures" / f"{name}.svg").read_text().startswith("<svg")
+        assert (out / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert f'id="{name}"' in page
+    assert page.count('<div class="wide"><svg') == page.count('<div class="narrow"><svg') == len(DRAW)
+
+
+def test_specifications_are_valid_vega_lite(built: Any) -> None:
+    _, a, _ = built
+    for draw in (DRAW["image-use"], DRAW["tokens-per-expert"], DRAW["loss-by-class"]):
+        for layout in (WIDE, NARROW):
+            draw(a, layout).to_dict()  # raises SchemaValidationError
+            assert themed(draw(a, layout), layout)["config"]["background"] == "#ffffff"
+
+
+def test_the_answer_is_the_planted_best_arm(built: Any) -> None:
+    _, a, page = built
+    ref = a["answer"]["ref"]
+    assert ref["best"] == "early-moe"
+    assert [r["arm"] for r in ref["arms"]][-1] == "late"
+    assert "What this study cannot say" in page
+    best = ref["arms"][0]
+    head = " ".join(text.headline(a))
+    assert f"N = {words.si(best['n'])} {words.interval(best['n_interval'], how=words.si)}" in head
+    assert words.fixed(best["loss"]) in head
+    assert page.index("The answer") < page.index("What this study cannot say") < page.index("The numbers")
+
+
+def test_fits_recover_the_planted_laws(built: Any) -> None:
+    _, a, _ = built
+    fit = a["fits"]["early"]["caption"]
+    assert fit["alpha"] == pytest.approx(0.42, abs=0.05)
+    assert fit["beta"] == pytest.approx(0.50, abs=0.03)
+    assert fit["a"] == pytest.approx(fit["beta"] / (fit["alpha"] + fit["beta"]))
+    low, high = fit["interval"]["alpha"]
+    assert low < fit["alpha"] < high
+    assert fit["power"]["c"] < 0
+    held = a["holdout"]["early"]["caption"]
+    assert held["error_reducible"] < 0.05
+    assert held["beats_carry"]
+
+
+def test_captions_hold_the_numbers_of_the_analysis(built: Any) -> None:
+    _, a, page = built
+    pair = next(p for p in a["differences"] if p["label"] == "early − late")
+    at = pair["at_ref"]["mean"]
+    assert at["verdict"] == "lower"
+    assert f"{words.fixed(at['diff'], sign=True)} {words.interval((at['lo'], at['hi']))}" in text.differences(a)
+    shown = a["image_use"][0]["d_shuffled"]
+    assert words.fixed(shown["t"], 1) in text.image_use(a)
+    pooled = text.pooled_fusion(a, "early")
+    assert pooled is not None
+    assert words.fixed(pooled["loss"]) in text.loss_by_class(a)
+    assert pooled["log_m"] == pytest.approx(math.log(4))
+    for _, caption in text.CAPTIONS.values():
+        assert re.search(r"\d\.\d", caption(a))
+        assert "None" not in caption(a)
+        assert "nan" not in caption(a)
+    assert ">None<" not in page
+
+
+def test_insignificant_differences_are_called_so(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    twins = [r for r in rows if r["arm"] == "early"]
+    for r in twins[:]:
+        rng = np.random.default_rng(int(r["steps"] * 1000 + r["n"] + r["seed"]))
+        noisy = {k: v + rng.normal(0, 0.004) for k, v in r.items() if k.startswith("loss_")}
+        twins.append({**r, "arm": "late", "fusion": "late", **noisy})
+    a = analyse(tmp_path / "s", twins)
+    assert not a["answer"]["ref"]["clear"]
+    assert "cannot say whether" in " ".join(text.headline(a))
+    assert any(line.startswith("Which of early and late is better") for line in a["cannot"])
+
+
+def test_a_failed_fit_becomes_a_warning(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    sizes = sorted({r["n"] for r in rows if r["arm"] == "late"})[:2]
+    few = [r for r in rows if r["arm"] in ("early",) or (r["arm"] == "late" and r["n"] in sizes)]
+    page = build_report(tmp_path / "s", few).read_text()
+    a = json.loads((tmp_path / "s" / "analysis.json").read_text())
+    assert not a["fits"]["late"]["caption"]["ok"]
+    assert "2 model sizes" in a["fits"]["late"]["caption"]["reason"]
+    assert a["warnings"][0]["code"] == "no-fit"
+    assert a["answer"]["without_law"] == ["late"]
+    assert "No law, and so no rank, for late" in page
+
+
+def test_without_any_law_the_page_says_so_and_stands(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    one = [r for r in rows if r["arm"] == "early" and r["size"] == "s16" and r["seed"] == 0]
+    page = build_report(tmp_path / "s", one).read_text()
+    assert "No law could be fitted" in page
+    assert "One run is not a recommendation" in page
+    assert "Not drawn, because" in page
+
+
+def test_real_data_without_entropy_or_documents(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    for path in (tmp_path / "s").glob("runs/*/eval*"):
+        path.unlink()
+    bare = [{**r, **{k: None for k in r if k.startswith(("oracle_", "bound_"))}} for r in rows if r["arm"] == "early"]
+    page = build_report(tmp_path / "s", bare).read_text()
+    assert "Whether another architecture would do better" in page
+    assert "Dotted: the oracle entropy" not in page
+
+
+def test_no_finished_run_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run has finished"):
+        analyse(tmp_path, [])
+
+
+def test_paired_difference_against_the_formula() -> None:
+    targets, extra = np.array([10.0, 20.0, 30.0]), np.array([1.0, 4.0, 3.0])
+    found = evidence.paired(targets, extra)
+    assert found is not None
+    diff = 8 / 60
+    se = math.sqrt(1.5 * sum((e - diff * t) ** 2 for e, t in zip(extra, targets, strict=True))) / 60
+    assert found["diff"] == pytest.approx(diff)
+    assert found["se"] == pytest.approx(se)
+    assert found["t"] == pytest.approx(diff / se)
+
+
+def test_seed_spread_and_tuning_verdicts() -> None:
+    points = [{"arm": "a", "size": "s", "steps": 1, "loss": {"text": v, "mean": v}} for v in (1.0, 1.2)]
+    assert evidence.noise(points, ["text"])["text"]["sd"] == pytest.approx(math.sqrt(0.02))
+    row = {"arm": "a", "size": "s", "steps": 1, "seed": 0, "variant": "", "loss_mean": 1.0}
+    sweep = [{**row, "variant": "lr0.5x", "loss_mean": 1.1}, {**row, "variant": "lr2x", "loss_mean": 1.2}]
+    assert evidence.tuning([row], sweep, ["a", "b"])["a"]["verdict"] == "tuned"
+    assert evidence.tuning([row], sweep, ["a", "b"])["b"]["verdict"] == "untuned"
+    edge = [{**row, "variant": "lr0.5x", "loss_mean": 1.1}, {**row, "variant": "lr2x", "loss_mean": 0.9}]
+    assert "edge" in evidence.tuning([row], edge, ["a"])["a"]["detail"]
+
+
+def test_words() -> None:
+    assert words.si(1_234_567) == "1.23M"
+    assert words.si(999_900) == "1.00M"
+    assert words.power(2.44e12) == "2.4·10¹²"
+    assert words.power(9.97e12) == "1.0·10¹³"
+    assert words.fixed(-0.0123) == "−0.012"
+    assert words.percent(0.0001) == "< 0.1 %"
+    assert words.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_log_ticks_and_colours() -> None:
+    assert log_ticks(1e9, 1e13) == [1e9, 1e10, 1e11, 1e12, 1e13]
+    assert len(log_ticks(2e6, 9e6)) >= 2
+    both = arm_styles(["early", "late", "early-moe", "new"])
+    assert both["early"]["colour"] == arm_styles(["early"])["early"]["colour"]
+    assert len({s["colour"] for s in both.values()}) == 4
+
+
+def test_the_report_never_imports_torch() -> None:
+    code = "import sys, isofusion.report.page, isofusion.report.analysis; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_browser_shows_the_page_without_sideways_scroll(built: Any, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here: the page's width on a phone is not measured")
+    out, _, _ = built
+    frame = tmp_path / "frame.html"
+    # a phone is narrower than a headless window may be, so the page is measured inside a frame
+    report = json.dumps((out / "report.html").read_text()).replace("</", "<\\/")
+    frame.write_text(
+        "<iframe id=f width=390 height=2000></iframe><p id=r></p><script>const f=document.getElementById('f');"
+        f"f.onload=()=>{{const d=f.contentDocument.documentElement;"
+        "document.getElementById('r').textContent='width '+d.scrollWidth+' of '+d.clientWidth;};"
+        f"f.srcdoc={report};</script>"
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-quic",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command = [browser, *flags, "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=90).stdout
+    found = re.search(r"width (\d+) of (\d+)", shown)
+    if found is None:
+        pytest.skip("chromium gave no page here")
+    assert int(found[1]) <= int(found[2])
