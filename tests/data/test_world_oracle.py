@@ -118,32 +118,30 @@ def test_captions_over_many_scenes(tiny):
 
 
 def test_captions_to_the_end_with_questions_after(tiny):
-    paths, events = check(tiny, "caption", STILL | {"structure": (0,)}, 0)
-    assert paths > 5000
-    assert events > 5000
+    paths, events = check(tiny, "caption", STILL | {"structure": (0,), "entity": (0, 1)}, 0)
+    assert paths > 1000
+    assert events > 1000
 
 
 def test_captions_to_the_end_with_questions_before(tiny):
-    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1,)}, 15)[0] > 1000
+    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1, 0)}, 15)[0] > 300
 
 
-def test_the_frame_decides_the_answer_and_nothing_else_does(tiny):
-    pinned = STILL | {"frame": (0, 1), "structure": (1, 0)}
-    paths, _ = check(tiny, "caption", pinned | {"cell": (4,)}, 4)
-    assert paths >= 16 * 8
+def test_captions_over_all_frames_with_questions_before_and_after(tiny):
+    assert check(tiny, "caption", STILL | {"frame": (0, 1), "structure": (0, 1)}, 13)[0] > 2000
 
 
 def test_interleaved_extras_nicknames_and_references(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "MAX_EXTRAS", 1)
     monkeypatch.setattr(interleaved, "P_ASK_FIRST", 0.0)
     monkeypatch.setattr(interleaved, "P_END", (0.0, 0.3, 1.0))
-    assert check(tiny, "interleaved", STILL, 0)[0] > 1000
+    assert check(tiny, "interleaved", STILL, 0)[0] > 500
 
 
 def test_interleaved_questions_before_and_the_end(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "MAX_EXTRAS", 0)
     monkeypatch.setattr(interleaved, "P_END", (0.0, 0.3, 1.0))
-    assert check(tiny, "interleaved", STILL | {"structure": (0,)}, 0)[0] > 300
+    assert check(tiny, "interleaved", STILL | {"structure": (0, 1)}, 0)[0] > 300
 
 
 def test_interleaved_two_entities_two_extras(tiny):

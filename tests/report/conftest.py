@@ -112,8 +112,7 @@ def _trunk(out: Path, arm: str, i: int, width: int, seed: int, noise: float, ent
             "steps": steps, "eval_path": f"runs/{run}/eval.json",
         }  # fmt: skip
         for d in DOMAINS:
-            row |= {f"{key}_{d}": ev["domains"][d][name] for key, name in
-                    (("loss", "loss"), ("oracle", "oracle"), ("bound", "bound"), ("blind", "blind"), ("shuffled", "shuffled"))}  # fmt: skip
+            row |= {f"{key}_{d}": ev["domains"][d][key] for key in ("loss", "oracle", "bound", "blind", "shuffled")}
         rows.append(row)
         (folder / "DONE").write_text("")
     return rows

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
 from isofusion.config import RunConfig  # noqa: E402
+from isofusion.data.world.world import CHANCE  # noqa: E402
 from isofusion.train.loop import train_run  # noqa: E402
 from isofusion.train.metrics import read_metrics  # noqa: E402
 
@@ -58,7 +59,7 @@ def test_evaluation_stands_beside_the_truth(results: dict[str, tuple[RunConfig, 
         assert text["bound"] == text["oracle"]  # no name is read off a glyph
         assert caption["blind"] is not None
         assert text["blind"] is text["shuffled"] is None
-        assert record["classes"]["caption/fusion-after"]["chance"] == pytest.approx(np.log(4))
+        assert record["classes"]["caption/fusion-after"]["chance"] == pytest.approx(CHANCE["fusion-after"])
         by_class = [c for name, c in record["classes"].items() if name.startswith("caption/")]
         assert sum(c["targets"] for c in by_class) == caption["targets"]
         total = sum(c["loss"] * c["targets"] for c in by_class)

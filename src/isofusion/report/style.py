@@ -141,28 +141,36 @@ def linear_axis(
 
 
 def themed(chart: Any, layout: Layout) -> dict[str, Any]:
-    """The finished Vega-Lite specification: quiet axes, thin grid, no frame."""
+    """The finished Vega-Lite specification: quiet axes, thin grid, no frame.
+
+    The configuration is added to the specification, not the chart: Altair copies a whole chart at every `configure_*`.
+    """
     size = layout.font
-    done = (
-        chart.configure(font=FONT, background="#ffffff", padding=4)
-        .configure_view(stroke=None)
-        .configure_axis(
-            labelFontSize=size,
-            titleFontSize=size,
-            titleFontWeight="normal",
-            labelColor=INK,
-            titleColor=INK,
-            gridColor=GRID,
-            domainColor="#9aa0a6",
-            tickColor="#9aa0a6",
-            tickSize=4,
-        )
-        .configure_legend(
-            labelFontSize=size, titleFontSize=size, labelColor=INK, titleFontWeight="normal", labelLimit=220
-        )
-        .configure_title(fontSize=size + 1, fontWeight="bold", color=INK, anchor="start", offset=6)
-        .configure_header(labelFontSize=size + 1, titleFontSize=size, labelColor=INK)
-        .configure_concat(spacing=18)
-    )
-    spec: dict[str, Any] = done.to_dict(validate=False)
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    spec["config"] = {
+        "font": FONT,
+        "background": "#ffffff",
+        "padding": 4,
+        "view": {"stroke": None},
+        "axis": {
+            "labelFontSize": size,
+            "titleFontSize": size,
+            "titleFontWeight": "normal",
+            "labelColor": INK,
+            "titleColor": INK,
+            "gridColor": GRID,
+            "domainColor": "#9aa0a6",
+            "tickColor": "#9aa0a6",
+            "tickSize": 4,
+        },
+        "legend": {
+            "labelFontSize": size,
+            "titleFontSize": size,
+            "labelColor": INK,
+            "titleFontWeight": "normal",
+            "labelLimit": 220,
+        },
+        "title": {"fontSize": size + 1, "fontWeight": "bold", "color": INK, "anchor": "start", "offset": 6},
+        "concat": {"spacing": 18},
+    }
     return spec

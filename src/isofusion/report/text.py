@@ -72,14 +72,16 @@ def _how_sure(ref: dict[str, Any], level: float) -> list[str]:
     best, second = rows[0], rows[1]
     gap = f"{second['arm']} is {fixed(second['gap'])} {interval(second['gap_interval'])} nats/token behind"
     if ref["clear"]:
-        return [f"How sure: {gap}, and every other arm's {percent(level, 0)} interval excludes 0; {best['arm']} is best in "
-                f"{percent(best['p_best'], 0)} of the bootstrap draws."]  # fmt: skip
+        return [
+            f"How sure: {gap}, and every other arm's {percent(level, 0)} interval excludes 0; {best['arm']} is best in "
+            f"{percent(best['p_best'], 0)} of the bootstrap draws."
+        ]
     beaten = [r["arm"] for r in rows[1:] if r["worse"]]
     more = f" It does beat {listed(beaten)}." if beaten else ""
     return [
-        f"How sure: not enough to choose. {gap}, an interval with 0 inside or at its edge, so this study cannot say "
-        f"whether {best['arm']} is better than {listed(ref['tied'])}; it is best in {percent(best['p_best'], 0)} of the "
-        f"draws.{more}"
+        f"How sure: not enough to choose. {gap}, an interval with 0 inside or at its edge, so this study cannot "
+        f"say whether {best['arm']} is better than {listed(ref['tied'])}; best in {percent(best['p_best'], 0)} of "
+        f"the draws.{more}"
     ]
 
 
@@ -135,8 +137,8 @@ def differences(a: Analysis) -> str:
             parts.append(f"{pair['label']}: {' and '.join(words)}")
     text = (
         "Below 0 the first arm is better. Bands: laws at equal compute; circles: runs of one size, seed and token "
-        "budget; dots: their mean per size, with an interval where seeds repeat. Matched runs have equal N (active N for "
-        "experts) and D, not equal C. A narrow screen shows the mean only."
+        "budget; dots: their mean per size, with an interval where seeds repeat. Matched runs have equal N (active N "
+        "for experts) and D, not equal C. A narrow screen shows the mean only."
     )
     return f"{text} In nats/token, {NAMES[key]}: {'. '.join(parts)}." if parts else text
 
@@ -253,8 +255,8 @@ def tokens_per_expert(a: Analysis) -> str:
             f"{fixed(sum(e['score']) / len(e['score']), 2)}"
         )
     return (
-        "Share of each modality's validation tokens that an expert takes, largest run. Specialisation, 0 (experts blind "
-        f"to modality) to 1 (each expert one modality): {'. '.join(parts)}."
+        "Share of each modality's validation tokens that an expert takes, largest run. Specialisation, 0 (experts "
+        f"blind to modality) to 1 (each expert one modality): {'. '.join(parts)}."
     )
 
 

@@ -26,6 +26,7 @@ def three(value: float) -> str:
     """Three significant digits, never in exponent notation."""
     if value == 0:
         return "0"
+    value = float(f"{value:.3g}")
     digits = max(0, 2 - math.floor(math.log10(abs(value)) + 1e-9))
     text = f"{value:.{min(digits, 6)}f}"
     return text.rstrip("0").rstrip(".") if "." in text and digits > 2 else text
