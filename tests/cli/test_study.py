@@ -18,7 +18,7 @@ name = "small"
 budgets = [2560, 5120]
 [data]
 row_len = 128
-image_size = 32
+image_size = 48
 patch_size = 8
 sources = [{ name = "captions", domain = "caption", format = "world", weight = 1 }]
 [model]
@@ -70,6 +70,28 @@ def test_bad_study_is_exit_code_2(toml: Path, capsys: pytest.CaptureFixture[str]
         )
     assert call("study", "run", "nothing.toml") == 2
     assert call("study", "status", "nothing") == 2
+    assert not Path("runs").exists()
+
+
+def test_data_that_cannot_be_read_leaves_no_lock_behind(toml: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Otherwise the study, once mended, would differ from its lock."""
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    source = '{ name = "t", domain = "text", format = "text", weight = 1, train = ["*.jsonl"] }'
+    text = STUDY.replace('{ name = "captions", domain = "caption", format = "world", weight = 1 }', source)
+    toml.write_text(text.replace("[data]", '[data]\ntokenizer = "own.json"'))
+    Path("data").mkdir()
+    Path("data/a.jsonl").write_text('{"text": "words"}\n')
+    from tokenizers import Tokenizer, models
+
+    bare = Tokenizer(models.WordLevel({"words": 0, "?": 1}, unk_token="?"))
+    bare.save("data/own.json")
+    assert call("study", "run", toml, "--data", "data") == 2
+    assert "own.json lacks reserved tokens: pad" in (error := capsys.readouterr().err)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    Path("data/own.json").unlink()
+    assert call("study", "run", toml, "--data", "data") == 2
+    assert capsys.readouterr().err.startswith("error: cannot read the tokenizer own.json")
     assert not Path("runs").exists()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -227,6 +229,27 @@ def test_damaged_compressed_text(files, tmp_path, suffix, damage, reason, lost_b
         assert (index.n > 500) == (damage != "foreign")
         for file in (tmp_path / "cache/index/v1").iterdir():
             file.unlink()
+
+
+def test_hostile_json_is_a_bad_sample_and_not_a_crash(files, tmp_path):
+    deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    half = rb'{"text": "half a pair \ud800"}'
+    found = index_file(files.jsonl(tmp_path / "a.jsonl", [deep, half, {"text": "fine"}]), "text")
+    assert found.n == 1
+    assert found.bad == {"broken json": 1, "text is not UTF-8": 1}
+
+
+def test_names_in_another_encoding_stay_apart_and_printable(files, tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name in ("\u00e4", "\u00f6"):
+            for suffix, data in (("png", files.image()), ("txt", b"a caption")):
+                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    found = index_file(path, "webdataset")
+    assert found.bad == {}
+    assert [key.encode() for key in found.keys] == [rb"\xe4", rb"\xf6"]
 
 
 def test_zstd_frames_larger_than_a_chunk(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,21 @@ def test_near_duplicates(files, tmp_path):
         "images_checked": 3, "near_image": 2,
     }  # fmt: skip
     assert found["txt"]["same_text"] == 0
+    report = Stream(config(folder), 0, "train", 1).report(2)
+    assert {e["name"]: e["near_duplicates"] for e in report["sources"]} == {
+        **{e["name"]: None for e in report["sources"]},
+        **found,
+    }
+    assert "source cap: 1 of 3 whole texts of validation are in training too" in report["warnings"]
+    assert any(w.startswith("source cap: 2 of 3 images") for w in report["warnings"])
+
+
+def test_a_tokenizer_beside_the_data_is_found(corpus, tmp_path):
+    content = Stream(config(corpus, tokenizer="train:300"), 0, "train", 1).tokenizer.content
+    (corpus / "own.json").write_text(content)
+    assert Stream(config(corpus, tokenizer="own.json"), 0, "train", 1).tokenizer.content == content
+    with pytest.raises(InputError, match=r"cannot read the tokenizer other\.json"):
+        Stream(config(corpus, tokenizer="other.json"), 0, "train", 1)
 
 
 def test_bad_settings(corpus, tmp_path):
@@ -299,6 +315,22 @@ def test_world_blocks_are_generated_once_for_all_runs(fake):
     assert FakeWorld.calls == calls
     assert fingerprint(Stream(fake, 1, "train", 8).batch(0)) != batches[0]
     assert FakeWorld.calls > calls
+
+
+def test_an_edited_generator_is_other_data(fake, tmp_path, monkeypatch):
+    source = tmp_path / "generator" / "edited_world.py"
+    source.parent.mkdir()
+    module = types.ModuleType("edited_world")
+    module.__file__ = str(source)
+    monkeypatch.setitem(sys.modules, "edited_world", module)
+    monkeypatch.setattr(FakeWorld, "__module__", "edited_world")
+    marks = []
+    for text in ("class Edited:\n    n = 1\n", "class Edited:\n    n = 1\n", "class Edited:\n    n = 2\n"):
+        source.write_text(text)
+        s = Stream(fake, 0, "train", 8)
+        marks.append((s.fingerprint, s.sources[0].digest, s.sources[0].folder))
+    assert marks[0] == marks[1]
+    assert all(a != b for a, b in zip(marks[1], marks[2], strict=True))
 
 
 def test_world_rows_carry_targets_classes_and_oracle(fake):

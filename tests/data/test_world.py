@@ -17,16 +17,28 @@ from isofusion.data.world import World, bound, captions, interleaved
 from isofusion.data.world.choice import Chooser
 from isofusion.data.world.scene import (
     BACKGROUND,
+    BAR_RGB,
     CAPTION_COUNT,
-    FRAME_RGB,
-    GLYPH_RGB,
+    GLYPH_INK,
     INTERLEAVED_COUNT,
     NOISE,
     SAILS,
     SIGN_RGB,
+    TILE_RGB,
     draw_scene,
 )
-from isofusion.data.world.vocab import COLOUR_WORDS, FRAME_WORDS, MOD, NUMERAL_WORDS, SIDE_WORDS, WORDS, WorldTokenizer
+from isofusion.data.world.vocab import (
+    COLOUR_WORDS,
+    FUSION_AFTER,
+    FUSION_BEFORE,
+    MOD,
+    NUMERAL_WORDS,
+    ORDINAL_WORDS,
+    SIDE_WORDS,
+    TONE,
+    WORDS,
+    WorldTokenizer,
+)
 from isofusion.errors import InputError
 
 
@@ -139,111 +151,159 @@ def nearest(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def read_image(world: World, pixels: np.ndarray):
-    """(cells, colours, parts, frame, digit) from pixels alone."""
+    """(cells, colours, parts, bars, digit) from pixels alone."""
     r = world._renderer
-    frame = [
-        int(np.bincount(nearest(bar, FRAME_RGB).ravel()).argmax())
-        for bar in (pixels[0, 6:-6], pixels[-1, 6:-6], pixels[6:-6, 0], pixels[6:-6, -1])
-    ]
-    palette = np.concatenate([np.full((1, 3), BACKGROUND), GLYPH_RGB, SIGN_RGB[None]])
+    bars = []
+    for bar in (pixels[: r.bar], pixels[-r.bar :]):
+        tones = np.unique(nearest(bar, BAR_RGB))
+        assert len(tones) == 1, "a bar has one tone over its whole length"
+        bars.append(int(tones[0]))
+    palette = np.concatenate([np.full((1, 3), BACKGROUND), TILE_RGB, GLYPH_INK[None], SIGN_RGB[None]])
+    ink, sign = len(palette) - 2, len(palette) - 1
+    seen = nearest(pixels, palette)
     digits = {tuple(d[:: r.cell, :: r.cell, 0].ravel().tolist()): i for i, d in enumerate(r.digits)}
     cells, colours, parts, digit = [], [], [], None
+    glyph = 5 * r.cell
     for cell in range(9):
-        y, x = r.corner(cell)
-        seen = nearest(pixels[y : y + 6 * r.cell - 1, x : x + 6 * r.cell - 1], palette)
-        if not seen.any():
+        y, x = (c - r.unit for c in r.corner(cell))  # where a tile without jitter begins
+        square = seen[y : min(y + glyph + 3 * r.unit, r.size - r.bar), x : x + glyph + 3 * r.unit]
+        found = set(np.unique(square).tolist()) - {0}
+        if not found:
             continue
-        found = int(seen.max())
-        assert set(np.unique(seen)) == {0, found}
-        on = seen > 0
-        matches = []
-        for dy in range(r.cell):
-            for dx in range(r.cell):
-                grid = on[dy : dy + 5 * r.cell, dx : dx + 5 * r.cell]
-                small = grid[:: r.cell, :: r.cell]
-                if not (small.repeat(r.cell, 0).repeat(r.cell, 1) == grid).all() or on.sum() != grid.sum():
-                    continue
-                if found == len(palette) - 1:
-                    matches.append(digits.get(tuple(small[:, 1:4].ravel().tolist())))
-                else:
-                    sails = (small[a : a + h, b : b + w].ravel() for a, b, h, w in SAILS)
-                    matches.append([int(bits @ (1 << np.arange(6))) for bits in sails])
-        assert len(matches) == 1, "exactly one jitter explains the pixels"
-        if found == len(palette) - 1:
+        if found == {sign}:
+            on = square > 0
+            matches = []
+            for dy in range(r.unit + 1):
+                for dx in range(r.unit + 1):
+                    grid = on[r.unit + dy :, r.unit + r.cell + dx :][:glyph, : 3 * r.cell]
+                    small = grid[:: r.cell, :: r.cell]
+                    if (small.repeat(r.cell, 0).repeat(r.cell, 1) == grid).all() and on.sum() == grid.sum():
+                        matches.append(digits.get(tuple(small.ravel().tolist())))
+            assert len(matches) == 1, "exactly one jitter explains the pixels"
             digit = matches[0]
-        else:
-            cells.append(cell)
-            colours.append(found - 1)
-            parts.append(matches[0])
-    return cells, colours, parts, frame, digit
+            continue
+        (colour,) = found - {ink}
+        rows, columns = np.flatnonzero(square.any(1)), np.flatnonzero(square.any(0))
+        top, left = int(rows[0]), int(columns[0])
+        assert max(top, left) <= r.unit, "jitter"
+        tile = square[top : top + glyph + 2 * r.unit, left : left + glyph + 2 * r.unit]
+        assert tile.all()
+        assert tile.astype(bool).sum() == square.astype(bool).sum(), "nothing but the tile is drawn in its square"
+        assert tile.shape[1] == glyph + 2 * r.unit
+        grid = tile[r.unit : r.unit + glyph, r.unit : r.unit + glyph] == ink
+        assert grid.shape == (glyph, glyph), "no bar hides a glyph"
+        assert grid.sum() == (square == ink).sum(), "the margin of a tile is not written on"
+        small = grid[:: r.cell, :: r.cell]
+        assert (small.repeat(r.cell, 0).repeat(r.cell, 1) == grid).all()
+        assert small[2, 2]
+        sails = (small[a : a + h, b : b + w].ravel() for a, b, h, w in SAILS)
+        cells.append(cell)
+        colours.append(colour - 1)
+        parts.append([int(bits @ (1 << np.arange(6))) for bits in sails])
+    return cells, colours, parts, bars, digit
 
 
-@pytest.mark.parametrize("size", [48, 100])
-def test_pixels_give_the_whole_scene_away(size):
-    w = World(WorldConfig(), size, size // 6 if size == 48 else 10, 256)
+@pytest.mark.parametrize(("size", "patch"), [(48, 8), (96, 16), (100, 10)])
+def test_pixels_give_the_whole_scene_away(size, patch):
+    w = World(WorldConfig(), size, patch, 256)
     chooser = Chooser(np.random.Philox(key=11))
-    for i in range(200 if size == 48 else 40):
+    read_colours, read_tones, read_digits = set(), set(), set()
+    for i in range(200):
         scene = draw_scene(chooser, w.entities, CAPTION_COUNT if i % 2 else INTERLEAVED_COUNT, 0.5)
         parts = w.entities.parts[scene.entities]
         pixels = w._renderer.render(scene, parts, chooser.hidden(w._renderer.n_hidden))
-        cells, colours, read, frame, digit = read_image(w, pixels)
-        assert (cells, colours, frame) == (scene.cells, scene.colours, scene.frame)
+        cells, colours, read, bars, digit = read_image(w, pixels)
+        assert (cells, colours, bars) == (scene.cells, scene.colours, scene.bars)
         assert read == parts.tolist()
         assert digit == (scene.sign[0] if scene.sign else None)
+        read_colours.update(colours)
+        read_tones.update(enumerate(bars))
+        read_digits.add(digit)
+    assert len(read_colours) == len(TILE_RGB) == len(COLOUR_WORDS)
+    assert len(read_tones) == 2 * MOD == 2 * len(BAR_RGB)
+    assert len(read_digits) == 11  # none, or one of ten
 
 
 def test_captions_are_true_of_their_pixels(world):
-    """A reader with the glyph-to-name table checks every statement of 150 captions."""
+    """A reader with the glyph-to-name table checks every statement of 250 captions."""
     e = world.entities
     code = e.parts.astype(np.int64) @ (64**3, 64**2, 64, 1)
     order = np.argsort(code)
-    answers = {"before": 0, "after": 0}
-    for i in range(150):
+    answers, sums, rims, orders = {"before": 0, "after": 0}, 0, 0, set()
+    for i in range(250):
         sample = world.sample(4, "caption", 0, i)
         pixels = next(s.pixels for s in sample.segments if isinstance(s, Image))
-        cells, colours, parts, frame, digit = read_image(world, pixels)
+        cells, colours, parts, bars, digit = read_image(world, pixels)
         codes = np.array(parts, dtype=np.int64) @ (64**3, 64**2, 64, 1)
-        ids = order[np.searchsorted(code[order], codes)]
+        ids = order[np.searchsorted(code[order], codes)].tolist()
         said = words_of(sample)
         image = said.index("[image]")
-        asked = {said[j + 2]: NUMERAL_WORDS.index(said[j + 1]) for j in range(image) if said[j] == "ask"}
-        at = image + 1
-        for side, operand in asked.items():
-            y = NUMERAL_WORDS[(frame[SIDE_WORDS.index(side)] + operand) % MOD]
-            assert said[at : at + 2] == [side, y]
+        spoken, asked = [], []
+
+        def question(at, said=said, asked=asked, spoken=spoken):
+            """(place after the question's side, sums said): `ask a b a+b` any number of times, then `ask a side`."""
+            n = 0
+            while said[at] == "ask" and said[at + 2] not in SIDE_WORDS:
+                a, b, y = (NUMERAL_WORDS.index(w) for w in said[at + 1 : at + 4])
+                assert y == (a + b) % MOD
+                at, n = at + 4, n + 1
+            assert said[at] == "ask"
+            asked.append((NUMERAL_WORDS.index(said[at + 1]), SIDE_WORDS.index(said[at + 2])))
+            spoken.append(said[at + 2])
+            return at + 3, n
+
+        at = 0
+        while at < image:
+            at, n = question(at)
+            sums += n
+        at += 1
+        for operand, side in asked:
+            assert said[at : at + 2] == [SIDE_WORDS[side], NUMERAL_WORDS[(bars[side] + operand) % MOD]]
             at += 2
             answers["before"] += 1
         assert said[at] == NUMERAL_WORDS[len(cells)]
         at += 1
-        for k, colour in zip(ids.tolist(), colours, strict=True):
-            assert said[at : at + 4] == [COLOUR_WORDS[colour], *(WORDS[t] for t in e.name_tokens(k))]
+        left = list(range(len(cells)))
+        told = []
+        while left:  # in any order
+            place = colours.index(COLOUR_WORDS.index(said[at]))
+            left.remove(place)
+            told.append(place)
+            assert said[at + 1 : at + 4] == [WORDS[t] for t in e.name_tokens(ids[place])]
             at += 4
             for which, word in enumerate(("is", "lives", "eats")):
                 if said[at] == word:
-                    assert said[at + 1] == WORDS[e.trait_tokens(k)[which]]
+                    assert said[at + 1] == WORDS[e.trait_tokens(ids[place])[which]]
                     at += 2
                     break
+        orders.add(tuple(told))
         if digit is not None:
             assert said[at : at + 2] == ["sign", NUMERAL_WORDS[digit]]
             at += 2
         assert said[at] == "."
         at += 1
-        if at < len(said) and said[at] == "from":
+        if said[at] == "from":
             a, b = (cells[colours.index(COLOUR_WORDS.index(said[at + n]))] for n in (1, 2))
             dx, dy = b % 3 - a % 3, b // 3 - a // 3
             assert said[at + 3] == ("left" if dx < 0 else "right" if dx > 0 else "above" if dy < 0 else "below")
             at += 4
         while at < len(said) and said[at] == "rim":
-            assert FRAME_WORDS[frame[SIDE_WORDS.index(said[at + 1])]] == said[at + 2]
-            assert said[at + 1] not in asked
+            assert said[at + 2] == NUMERAL_WORDS[bars[SIDE_WORDS.index(said[at + 1])]]
+            spoken.append(said[at + 1])
             at += 3
+            rims += 1
         while at < len(said):
-            assert said[at] == "ask"
-            operand, side = NUMERAL_WORDS.index(said[at + 1]), SIDE_WORDS.index(said[at + 2])
-            assert said[at + 3] == NUMERAL_WORDS[(frame[side] + operand) % MOD]
-            at += 4
+            at, n = question(at)
+            sums += n
+            operand, side = asked[-1]
+            assert said[at] == NUMERAL_WORDS[(bars[side] + operand) % MOD]
+            at += 1
             answers["after"] += 1
-    assert min(answers.values()) > 100
+        assert sorted(spoken) == sorted(SIDE_WORDS)  # each bar is spoken of once
+    assert min(answers.values()) > 90
+    assert answers["before"] + answers["after"] == rims == 250
+    assert sums > 0
+    assert {(0, 1), (1, 0)} <= orders
 
 
 def test_hidden_bytes_never_touch_the_text(world):
@@ -265,31 +325,83 @@ def test_hidden_bytes_never_touch_the_text(world):
 # --- what the classes mean ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["fusion-before", "fusion-after"])
-def test_text_alone_says_nothing_about_a_fusion_answer(world, kind):
-    """Given operand and side the answer is uniform; given the other answers too."""
-    code = World.CLASSES.index(kind)
-    table = np.zeros((4 * MOD, MOD))
-    earlier = np.zeros((MOD, MOD))
-    for i in range(1200):
-        sample = world.sample(9, "caption", 1, i)
-        said = words_of(sample)
-        asks = {said[j + 2]: NUMERAL_WORDS.index(said[j + 1]) for j, w in enumerate(said) if w == "ask"}
-        last = None
-        for s in sample.segments:
-            if isinstance(s, Image):
-                continue
-            for j in np.flatnonzero(s.token_class == code).tolist():
-                side, y = WORDS[s.ids[j - 1]], NUMERAL_WORDS.index(WORDS[s.ids[j]])
-                table[asks[side] * 4 + SIDE_WORDS.index(side), y] += 1
-                if last is not None:
-                    earlier[last, y] += 1
+def bars_spoken_of(sample):
+    """[(image, kind, side, operand or None, answer)] of every bar the text reads or answers about, in order.
+
+    Reads `ask a side` before an image, `side y` right after it, `ask a side y`, `ORDINAL ask a side y`, `rim side y`.
+    """
+    found, waiting, image = [], [], -1
+    for s in sample.segments:
+        if isinstance(s, Image):
+            image += 1
+            continue
+        words = [WORDS[i] for i in s.ids.tolist()]
+        for j, kind in enumerate(s.token_class.tolist()):
+            if kind == TONE:
+                assert words[j - 2] == "rim"
+                found.append((image, "rim", words[j - 1], None, words[j]))
+            elif kind == FUSION_AFTER:
+                assert words[j - 3] == "ask"
+                back = words[j - 4] if j >= 4 else ""
+                of = ORDINAL_WORDS.index(back) if back in ORDINAL_WORDS else image
+                assert of < image or back not in ORDINAL_WORDS
+                found.append((of, "back" if of < image else "after", words[j - 1], words[j - 2], words[j]))
+            elif kind == FUSION_BEFORE:
+                operand, side = waiting.pop(0)
+                assert side == words[j - 1]
+                found.append((image, "before", side, operand, words[j]))
+        assert not waiting  # every question is answered in the segment after the image
+        unanswered = [j for j, w in enumerate(words) if w in SIDE_WORDS and words[j - 2] == "ask"]
+        waiting = [(words[j - 1], words[j]) for j in unanswered if j + 1 == len(words) or words[j + 1] == "ask"]
+    assert not waiting
+    return found
+
+
+@pytest.fixture(scope="module")
+def remarks(world):
+    """Per domain, what each of many documents says about bars."""
+    some = {"caption": 4000, "interleaved": 4000}
+    return {d: [bars_spoken_of(world.sample(9, d, 1, i)) for i in range(n)] for d, n in some.items()}
+
+
+def test_no_bar_is_spoken_of_twice(remarks):
+    """A tone read out, or an answer given, would give a later answer about the same bar away."""
+    kinds = {d: {} for d in remarks}
+    for domain, documents in remarks.items():
+        for document in documents:
+            bars = [(image, side) for image, _, side, _, _ in document]
+            assert len(set(bars)) == len(bars)
+            for _, kind, *_ in document:
+                kinds[domain][kind] = kinds[domain].get(kind, 0) + 1
+    assert set(kinds["caption"]) == {"before", "after", "rim"}
+    assert set(kinds["interleaved"]) == {"before", "after", "rim", "back"}
+    assert min(min(counts.values()) for counts in kinds.values()) > 50
+    two = [d for d in remarks["interleaved"] for i in range(4) if sum(m[:2] == (i, "before") for m in d) == 2]
+    assert len(two) > 50  # two questions before one image: never of the same side
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "back"])
+def test_text_alone_says_nothing_about_a_fusion_answer(remarks, kind):
+    """Given operand and side the answer is uniform; given the tone or answer told before it too: entropy log 3."""
+    table, earlier = np.zeros((2, MOD, MOD)), np.zeros((MOD, MOD, MOD))
+    for documents in remarks.values():
+        for document in documents:
+            last = None
+            for _, what, side, operand, answer in document:
+                y = NUMERAL_WORDS.index(answer)
+                if what == kind:
+                    a = NUMERAL_WORDS.index(operand)
+                    table[SIDE_WORDS.index(side), a, y] += 1
+                    if last is not None:
+                        earlier[a, last, y] += 1
                 last = y
-    assert table.sum() > 1000
-    for counts in (table, earlier):
+    assert table.sum() > (150 if kind == "back" else 1000)
+    assert earlier.sum() > 150
+    for counts in (table.reshape(-1, MOD), earlier.reshape(-1, MOD)):
         expected = counts.sum(1, keepdims=True) / MOD
         chi2, cells = ((counts - expected) ** 2 / expected).sum(), (MOD - 1) * len(counts)
         assert chi2 < cells + 5 * math.sqrt(2 * cells)
+    assert World.chance[f"fusion-{'after' if kind == 'back' else kind}"] == World.chance["tone"] == math.log(3)
 
 
 def test_questions_before_and_after_are_about_equally_common(world):
@@ -300,11 +412,14 @@ def test_questions_before_and_after_are_about_equally_common(world):
                 counts += np.bincount(s.token_class, minlength=len(counts))
     before, after = (counts[World.CLASSES.index(c)] for c in ("fusion-before", "fusion-after"))
     assert 0.75 < before / after < 1.33
-    assert before + after > 2 * 400
+    assert before + after == 400 == counts[TONE]
 
 
 def test_image_determined_classes_are_certain_and_lookups_are_first_mentions(world):
-    certain = [World.CLASSES.index(c) for c in ("lookup", "spatial", "count", "attribute", "fusion-after", "reference")]
+    certain = [
+        World.CLASSES.index(c)
+        for c in ("lookup", "spatial", "count", "attribute", "fusion-after", "fusion-before", "reference", "tone")
+    ]
     lookup = World.CLASSES.index("lookup")
     for d in ("caption", "interleaved"):
         for i in range(60):

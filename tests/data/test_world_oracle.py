@@ -12,9 +12,14 @@ from isofusion.config import WorldConfig
 from isofusion.data.sample import Image
 from isofusion.data.world import World, interleaved, text
 from isofusion.data.world.document import Document
+from isofusion.data.world.scene import Renderer
+from isofusion.data.world.vocab import FUSION_AFTER, FUSION_BEFORE, MOD, TONE
 
-SCENE_LABELS = ("count", "cell", "frame", "sign", "digit", "entity", "colour")
+SCENE_LABELS = ("count", "cell", "bar", "sign", "digit", "entity", "colour")
+TONES = tuple(range(MOD))
 STILL = dict.fromkeys(SCENE_LABELS, (0,))  # one and the same image
+EXTRAS = interleaved.EXTRAS
+SPEAKS_OF_BARS = (interleaved.STOP_, interleaved.ASK_, interleaved.RIM_, interleaved.BACK_)
 
 
 class Stop(Exception):
@@ -45,6 +50,20 @@ class Enumerator:
         return np.zeros(n, np.uint8)
 
 
+class Remembering(Renderer):
+    """Draws each scene once: hidden bytes are zero here, so a scene is always the same image."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.drawn = {}
+
+    def render(self, scene, parts, hidden):
+        key = repr((scene.colours, scene.cells, scene.bars, scene.sign, parts.tolist()))
+        if key not in self.drawn:
+            self.drawn[key] = super().render(scene, parts, hidden)
+        return self.drawn[key]
+
+
 class Limited(Document):
     limit = 0
 
@@ -56,11 +75,14 @@ class Limited(Document):
 
 
 def enumerate_all(world, domain, pinned, limit):
-    """Yields (probability, [(event, nats or None)]) of each path; an event is a token, "eos" or an image's bytes."""
-    script = []
+    """Yields (probability, [(event, nats or None, class or None)]) of each path.
+
+    An event is a token, "eos" or an image's bytes.
+    """
+    script, renderer = [], Remembering(world.image_size)
     while True:
         chooser = Enumerator(script, pinned)
-        doc = Limited(chooser, world.max_len, world.patches_per_image, world.entities, world._renderer)
+        doc = Limited(chooser, world.max_len, world.patches_per_image, world.entities, renderer)
         doc.limit = limit
         whole = True
         try:
@@ -71,11 +93,11 @@ def enumerate_all(world, domain, pinned, limit):
         events = []
         for s in sample.segments:
             if isinstance(s, Image):
-                events.append((s.pixels.tobytes(), None))
+                events.append((s.pixels.tobytes(), None, None))
             else:
-                events += list(zip(s.ids.tolist(), s.oracle.tolist(), strict=True))
+                events += list(zip(s.ids.tolist(), s.oracle.tolist(), s.token_class.tolist(), strict=True))
         if whole:
-            events.append(("eos", sample.meta["eos_oracle"]))
+            events.append(("eos", sample.meta["eos_oracle"], sample.meta["eos_class"]))
         yield chooser.p, events
         del script[chooser.at :]
         while script and script[-1] + 1 == chooser.wide[len(script) - 1]:
@@ -92,7 +114,7 @@ def check(world, domain, pinned, limit):
     for p, events in enumerate_all(world, domain, pinned, limit):
         total, paths = total + p, paths + 1
         history = ()
-        for event, nats in events:
+        for event, nats, _ in events:
             step = (history, event)
             mass[step] += p
             if nats is not None:
@@ -106,42 +128,91 @@ def check(world, domain, pinned, limit):
     return paths, len(stated)
 
 
+def text_alone(world, domain, pinned, limit):
+    """{class: set of P(event | text before, images blanked)} over every event of the classes that need the image."""
+    mass, among, kinds = defaultdict(float), defaultdict(float), {}
+    for p, events in enumerate_all(world, domain, pinned, limit):
+        history = ()
+        for event, nats, kind in events:
+            step = (history, event if nats is not None else "[image]")
+            mass[step] += p
+            if kind in (FUSION_AFTER, FUSION_BEFORE, TONE):
+                among[history] += p
+                kinds[step] = kind
+            history = hash(step)
+    found = defaultdict(list)
+    for step, kind in kinds.items():
+        found[kind].append(mass[step] / among[step[0]])
+    return found
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return World(WorldConfig(seed=3, entity_bits=2))
 
 
 def test_captions_over_many_scenes(tiny):
-    pinned = {"count": (0, 1), "cell": (0, 5), "frame": (1,), "digit": (3,), "colour": (0, 1), "structure": (0,)}
+    pinned = {"count": (0, 1), "cell": (0, 5), "bar": (1,), "digit": (3,), "colour": (0, 1), "structure": (0,)}
     paths, _ = check(tiny, "caption", pinned, 7)
     assert paths > 1000
 
 
+def test_captions_describe_three_entities_in_any_order(tiny):
+    """3 x 2 x 1 orders, one of the entities there twice: what a place in the order costs is log of those left."""
+    pinned = STILL | {"count": (2,), "structure": (0,), "entity": (0, 1)}
+    paths, events = check(tiny, "caption", pinned, 17)
+    assert paths > 2000
+    assert events > 1000
+
+
 def test_captions_to_the_end_with_questions_after(tiny):
-    paths, events = check(tiny, "caption", STILL | {"structure": (0,), "entity": (0, 1)}, 0)
+    paths, events = check(tiny, "caption", STILL | {"structure": (0,), "entity": (0, 1), "bar": (0, 2)}, 0)
     assert paths > 1000
     assert events > 1000
 
 
 def test_captions_to_the_end_with_questions_before(tiny):
-    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1, 0)}, 15)[0] > 300
+    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1,), "bar": (1, 2)}, 0)[0] > 1000
 
 
-def test_captions_over_all_frames_with_questions_before_and_after(tiny):
-    assert check(tiny, "caption", STILL | {"frame": (0, 1), "structure": (0, 1)}, 13)[0] > 2000
+def test_captions_over_all_tones_with_questions_before_and_after(tiny):
+    assert check(tiny, "caption", STILL | {"bar": TONES, "structure": (0, 1)}, 0)[0] > 2000
+
+
+def test_without_the_image_tones_and_fusion_answers_are_uniform(tiny, monkeypatch):
+    """Exactly 1/3 each whatever the text said before: fusion costs log 3 to a reader of text alone, never less."""
+    found = text_alone(tiny, "caption", STILL | {"bar": TONES, "structure": (0, 1)}, 0)
+    monkeypatch.setattr(interleaved, "MAX_EXTRAS", 1)
+    monkeypatch.setattr(interleaved, "P_END", (0.0, 0.0, 1.0))
+    monkeypatch.setattr(
+        interleaved, "EXTRAS", tuple((w if i in SPEAKS_OF_BARS else 0.0, n) for i, (w, n) in enumerate(EXTRAS))
+    )
+    # two images, a remark each: questions after the image in text order, and looking back
+    monkeypatch.setattr(interleaved, "P_ASK_FIRST", 0.0)
+    after = text_alone(tiny, "interleaved", STILL | {"bar": TONES}, 0)
+    # one or two questions before the first image, then a remark on it
+    monkeypatch.setattr(interleaved, "P_ASK_FIRST", 1.0)
+    before = text_alone(tiny, "interleaved", STILL | {"bar": TONES, "structure": (0, 1)}, 19)
+    assert set(found) == {FUSION_AFTER, FUSION_BEFORE, TONE}
+    assert set(after) == {FUSION_AFTER, TONE}
+    assert set(before) == {FUSION_AFTER, FUSION_BEFORE, TONE}
+    for by_class in (found, after, before):
+        for chances in by_class.values():
+            assert len(chances) > 50
+            np.testing.assert_allclose(chances, 1 / MOD, rtol=1e-9)
 
 
 def test_interleaved_extras_nicknames_and_references(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "MAX_EXTRAS", 1)
     monkeypatch.setattr(interleaved, "P_ASK_FIRST", 0.0)
     monkeypatch.setattr(interleaved, "P_END", (0.0, 0.3, 1.0))
-    assert check(tiny, "interleaved", STILL, 0)[0] > 500
+    assert check(tiny, "interleaved", STILL | {"bar": (0, 2)}, 0)[0] > 2000
 
 
 def test_interleaved_questions_before_and_the_end(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "MAX_EXTRAS", 0)
     monkeypatch.setattr(interleaved, "P_END", (0.0, 0.3, 1.0))
-    assert check(tiny, "interleaved", STILL | {"structure": (0, 1)}, 0)[0] > 300
+    assert check(tiny, "interleaved", STILL | {"structure": (0, 1), "bar": (1, 2)}, 0)[0] > 1000
 
 
 def test_interleaved_two_entities_two_extras(tiny):

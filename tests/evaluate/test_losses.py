@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 from isofusion.data.batch import IGNORE, PackedBatch  # noqa: E402
 from isofusion.evaluate.losses import (  # noqa: E402
     GREY,
+    class_sums,
     document_of,
     document_sums,
     evaluate_domain,
@@ -146,11 +147,30 @@ def test_summary(batches: list[PackedBatch]) -> None:
     assert summary["shuffled"] == pytest.approx(18 / 6)
     assert summary["oracle"] == pytest.approx(0.5)
     classes = summarise_classes(losses, ("even", "odd"), {"odd": 1.5})
-    assert classes["odd"] == pytest.approx(
-        {"loss": 0, "targets": 1, "oracle": 0.5, "blind": 3.8, "shuffled": 5.0, "chance": 1.5}
-    )
+    odd = classes["odd"]
+    assert odd.pop("se") is odd.pop("blind_se") is None  # one document
+    assert odd == pytest.approx({"loss": 0, "targets": 1, "oracle": 0.5, "blind": 3.8, "shuffled": 5.0, "chance": 1.5})
     assert classes["even"]["targets"] == 5
+    assert classes["even"]["se"] == 0
+    blind = [abs(GREY / 10 - t) for t in (4, 6)]
+    assert classes["even"]["blind_se"] == pytest.approx(
+        ratio_se(np.array([2 * blind[0], 3 * blind[1]]), np.array([2.0, 3.0]))
+    )
     assert classes["even"]["chance"] is None
+
+
+def test_class_sums_line_up_with_the_documents(batches: list[PackedBatch]) -> None:
+    losses = evaluate_domain(PixelModel(), batches, precision="fp32")
+    sums = class_sums(losses, ("even", "odd", "never"), ("odd", "never", "even"))
+    assert list(sums) == [
+        f"{name}_{kind}" for name in ("odd", "even") for kind in ("targets", "true", "blind", "shuffled")
+    ]
+    assert sums["odd_targets"].tolist() == [0, 0, 1]
+    assert sums["even_targets"].tolist() == [2, 3, 0]
+    assert sums["odd_shuffled"].tolist() == [0, 0, 5]
+    docs = document_sums(losses)
+    for kind in ("targets", "true", "blind", "shuffled"):
+        np.testing.assert_allclose(sums[f"odd_{kind}"] + sums[f"even_{kind}"], docs[f"doc_{kind}"])
 
 
 def test_bits_per_byte(batches: list[PackedBatch]) -> None:

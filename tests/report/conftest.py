@@ -30,6 +30,13 @@ BASE = {
 }
 CLASSES = {"grammar": 0.02, "lookup": 0.9, "spatial": 0.3, "fusion-before": 1.35, "fusion-after": 1.35}
 LOG_M = math.log(4)
+LATE_BEFORE = 0.05
+"""How much worse late is, document by document, on questions before the image."""
+ASKED = {  # fusion targets of each document
+    d: {name: np.random.default_rng(k).integers(0, 3, 400).astype(float)
+        for k, name in enumerate(("fusion-after", "fusion-before"))}
+    for d in DOMAINS
+}  # fmt: skip
 
 
 def planted_loss(arm: str, domain: str, n: float, d: float) -> float:
@@ -101,6 +108,13 @@ def _trunk(out: Path, arm: str, i: int, width: int, seed: int, noise: float, ent
             docs[f"{d}/doc_targets"], docs[f"{d}/doc_true"] = targets, true
             for kind, extra in (("shuffled", 0.12), ("blind", 0.09)):
                 docs[f"{d}/doc_{kind}"] = true + (0 if d == "text" else 1) * (extra * targets + rng.normal(0, 1.5, 400))
+            for name in ("fusion-after", "fusion-before") if d != "text" else ():
+                asked = ASKED[d][name]
+                luck_D = np.random.default_rng(1).normal(0, 0.5, 400)  # what is hard about a document is so for all
+                worse = LATE_BEFORE if (arm, name) == ("late", "fusion-before") else 0.0
+                docs[f"{d}/{name}_targets"] = asked
+                docs[f"{d}/{name}_true"] = asked * (0.9 + worse + luck_D + rng.normal(0, 0.02, 400))
+                docs[f"{d}/{name}_blind"] = docs[f"{d}/{name}_shuffled"] = asked * LOG_M
         np.savez(folder / "eval_docs.npz", **docs)
         row: dict[str, Any] = {
             "run": run, "arm": arm, "fusion": "late" if arm == "late" else "early", "n_experts": 4 if experts else 0,
@@ -138,7 +152,8 @@ def _eval(
                 value = LOG_M - gain + rng.normal(0, 0.01)
             classes[f"{d}/{name}"] = {
                 "loss": value, "targets": 1200, "se": 0.012, "oracle": 0.0 if entropy else None, "blind": LOG_M + 0.01
-                if "fusion" in name else value, "shuffled": value + 0.2, "chance": LOG_M if "fusion" in name else None,
+                if "fusion" in name else value, "blind_se": 0.013, "shuffled": value + 0.2,
+                "chance": LOG_M if "fusion" in name else None,
             }  # fmt: skip
     routing = None
     if "moe" in arm:

@@ -108,11 +108,43 @@ def test_captions_hold_the_numbers_of_the_analysis(built: Any) -> None:
     assert pooled is not None
     assert words.fixed(pooled["loss"]) in text.loss_by_class(a)
     assert pooled["log_m"] == pytest.approx(math.log(4))
+    assert f"early {words.fixed(pooled['loss'])}, below chance (standard error" in text.loss_by_class(a)
+    assert f"blind {words.fixed(pooled['blind'])}, not clearly below chance (" in text.loss_by_class(a)
     for _, caption in text.CAPTIONS.values():
         assert re.search(r"\d\.\d", caption(a))
         assert "None" not in caption(a)
         assert "nan" not in caption(a)
     assert ">None<" not in page
+
+
+def test_fusion_is_compared_on_the_same_documents(built: Any, planted: Any, tmp_path: Path) -> None:
+    _, a, page = built
+    by_class = {
+        r["class"]: r["documents"] for r in a["fusion_compare"] if (r["first"], r["second"]) == ("early", "late")
+    }
+    assert set(by_class) == {f"{d}/fusion-{when}" for d in ("caption", "interleaved") for when in ("after", "before")}
+    for name, d in by_class.items():
+        planted_difference = -0.05 if "before" in name else 0.0
+        assert (d["size"], d["steps"], d["seeds"]) == (a["study"]["sizes"][-1], 900, 1)
+        assert abs(d["diff"] - planted_difference) < 4 * d["se"] < 0.02  # the documents' own spread of 0.5 is gone
+        assert 200 < d["docs"] < 400  # those that ask
+        assert words.fixed(d["diff"], sign=True) in text.loss_by_class(a)
+    assert abs(by_class["caption/fusion-before"]["t"]) > 10
+    assert "by document" in page
+
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    for row in rows:
+        path = evidence.eval_path(tmp_path / "s", row).with_name("eval_docs.npz")
+        with np.load(path) as docs:
+            arrays = dict(docs)
+        if row["arm"] == "late":  # other documents: no pairing
+            arrays["caption/fusion-before_targets"] = arrays["caption/fusion-before_targets"][::-1]
+            np.savez(path, **arrays)
+    other = evidence.fusion_compare(tmp_path / "s", rows, [("early", "late")], {r["n"]: r["size"] for r in rows})
+    assert {r["class"]: r["documents"] is None for r in other} == {
+        name: name == "caption/fusion-before" for name in by_class
+    }
 
 
 def test_insignificant_differences_are_called_so(planted: Any, tmp_path: Path) -> None:

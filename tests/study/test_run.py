@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -62,6 +63,32 @@ def test_runs_everything_on_two_lasting_workers(toml: Path, tmp_path: Path, fake
     assert (out / "results.csv").read_text().splitlines()[0].split(",") == list(ledger.COLUMNS)
     assert rows[0]["wall_s"] == 0.5 * rows[0]["steps"]  # the trunk up to the fork is paid for
     run(spec, out, "fake_train:gone")  # nothing left to do: no worker starts
+
+
+def test_a_setting_of_the_allocator_by_the_user_wins(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "4096")
+    monkeypatch.setenv("FAKE_TOP_PAD", "4096")
+    run(StudySpec.from_toml(toml), tmp_path / "out", fake)
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_a_full_disk_under_the_index_hides_no_reason(toml: Path, tmp_path: Path, fake: str, monkeypatch, failing) -> None:
+    def full(self: ledger.Ledger, path: Path) -> None:
+        path.touch()
+        raise sqlite3.OperationalError("database or disk is full")
+
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    if failing:
+        monkeypatch.setenv("FAKE_FAIL", "early-s16-s0-trunk")
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Ledger, "_connect", full)
+        reason = "loss is not finite" if failing else "disk is full.*run folders are untouched"
+        with pytest.raises(RunFailure, match=reason):
+            run(spec, out, fake)
+    assert not list(out.glob("*.tmp"))
+    monkeypatch.delenv("FAKE_FAIL", raising=False)
+    run(spec, out, fake, resume=True)
+    assert len(ledger.results(out)) == 6
 
 
 def test_a_failed_run_does_not_stop_the_others(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:

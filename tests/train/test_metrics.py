@@ -62,3 +62,11 @@ def test_full_disk_says_so(tmp_path: Path) -> None:
     log._file = Full()  # type: ignore[assignment]
     with pytest.raises(RunFailure, match=r"No space left.*resume"):
         log.append({"step": 1})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_one_clear_message_also_when_the_file_is_closed() -> None:
+    log = MetricsLog(Path("/dev/full"))
+    with pytest.raises(RunFailure, match="cannot write metrics.*free some space and resume"):
+        log.append({"step": 1})
+    log.close()

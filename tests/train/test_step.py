@@ -7,7 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
-from isofusion.config import ModelConfig  # noqa: E402
 from isofusion.train.step import choose_precision, clip_gradients, train_step  # noqa: E402
 
 
@@ -72,8 +71,13 @@ def test_a_non_finite_loss_does_not_touch_the_weights(bad: float) -> None:
     assert model.w[0].item() == 1.0
 
 
-def test_precision() -> None:
-    narrow, wide = (ModelConfig(width=w, head_dim=8, patch_size=8) for w in (16, 512))
-    assert choose_precision(wide, asked="fp32") == "fp32"
-    assert choose_precision(narrow) == "fp32"
-    assert choose_precision(wide, "cuda") == "bf16"
+@pytest.mark.parametrize(
+    ("avx512_bf16", "amx", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_precision_is_the_machines_or_what_is_asked(avx512_bf16: bool, amx: bool, expected: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert choose_precision() == choose_precision("auto", "cpu") == expected
+    assert choose_precision("auto", "cuda") == "bf16"
+    for asked in ("fp32", "bf16"):
+        assert choose_precision(asked) == asked

@@ -59,7 +59,17 @@ def test_evaluation_stands_beside_the_truth(results: dict[str, tuple[RunConfig, 
         assert text["bound"] == text["oracle"]  # no name is read off a glyph
         assert caption["blind"] is not None
         assert text["blind"] is text["shuffled"] is None
-        assert record["classes"]["caption/fusion-after"]["chance"] == pytest.approx(CHANCE["fusion-after"])
+        asked = record["classes"]["caption/fusion-after"]
+        assert asked["chance"] == pytest.approx(CHANCE["fusion-after"])
+        assert asked["se"] > 0
+        assert asked["blind_se"] > 0
+        with np.load(folder / "eval_docs.npz") as docs:
+            targets, true, blind = (docs[f"caption/fusion-after_{kind}"] for kind in ("targets", "true", "blind"))
+            assert targets.shape == docs["caption/doc_targets"].shape
+            assert not [name for name in docs.files if name.startswith("text/fusion")]
+        assert targets.sum() == asked["targets"]
+        assert true.sum() / targets.sum() == pytest.approx(asked["loss"])
+        assert blind.sum() / targets.sum() == pytest.approx(asked["blind"])
         by_class = [c for name, c in record["classes"].items() if name.startswith("caption/")]
         assert sum(c["targets"] for c in by_class) == caption["targets"]
         total = sum(c["loss"] * c["targets"] for c in by_class)

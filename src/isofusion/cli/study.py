@@ -142,7 +142,7 @@ def run_command(
 ) -> None:
     """Train every run of a study, fit the laws and write the report (its path is the last line)."""
     from isofusion.study.lock import LOCK, check_lock, read_lock, write_lock
-    from isofusion.study.run import Interrupted, refuse_what_does_not_fit, run_study, thread_budget
+    from isofusion.study.run import Interrupted, prepare, refuse_what_does_not_fit, run_study, thread_budget
 
     spec, out, overrides = _load(toml, out, data, sets)
     if threads is None and (out / LOCK).exists():
@@ -152,6 +152,8 @@ def run_command(
         check_lock(out, spec)
     if not (out / "runs").exists():
         refuse_what_does_not_fit(spec, out, jobs)
+    if not (out / LOCK).exists():
+        prepare(spec)  # data that cannot be read must not leave a lock behind that then refuses the mended study
     write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
     console = Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
     command = shlex.join(["isofusion", "study", "run", str(toml), "--out", str(out), "--resume"])

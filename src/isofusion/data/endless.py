@@ -8,6 +8,7 @@ is a JSON head with the statistics of its rows and a zstd frame; measured 1.3 MB
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import struct
 from pathlib import Path
@@ -42,10 +43,11 @@ class WorldSource:
     def __init__(self, name: str, domain: str, data: DataConfig, world: Any, seed: int) -> None:
         self.name, self.domain, self.world, self.seed, self.data = name, domain, world, seed, data
         identity = getattr(world, "digest", None) or data.world.digest()
+        # the code is part of the digest, and so of the stream's fingerprint: a resume after an edit must be refused
         self.digest = cache.digest(
-            "world", str(identity), domain, data.image_size, data.patch_size, data.row_len, BLOCK
+            "world", str(identity), _code(world), domain, data.image_size, data.patch_size, data.row_len, BLOCK
         )
-        folder = cache.digest(self.digest, seed, _code(world))
+        folder = cache.digest(self.digest, seed)
         self.folder = cache.root() / "world" / f"{domain}-{seed}-{folder[:24]}"
         self._recent = cache.Recent(4)
         self._heads: dict[int, dict[str, Any]] = {}
@@ -189,9 +191,10 @@ class WorldSource:
 
 
 def _code(world: Any) -> str:
-    """sha256 over the generator's and the packer's source: an edit must never meet blocks of its former self."""
-    import inspect
+    """sha256 over the generator's and the packer's source.
 
+    An edit must never meet blocks or checkpoints of its former self.
+    """
     folder = Path(inspect.getfile(type(world))).parent
     files = sorted(folder.glob("*.py")) + [Path(pack.__file__), Path(__file__)]
     return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()

@@ -175,6 +175,11 @@ def _verify(item: Found, segments: Segments) -> list[tuple[int, int, tuple[int, 
     """Decode every image of a sample: (hash of the bytes, dHash, (height, width)) each. Raises BadSample."""
     out = []
     for segment in segments:
+        if isinstance(segment, str):
+            try:
+                segment.encode()
+            except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+                raise BadSample(item.key, "text is not UTF-8", str(error)[:120]) from error
         if isinstance(segment, bytes):
             try:
                 pixels = decode(segment)

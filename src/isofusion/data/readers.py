@@ -58,7 +58,8 @@ def _scan_tar(path: Path) -> Iterator[tuple[str, str, int, int] | BadSample]:
     """(key, suffix, offset, size) of every regular member; a tar that stops early ends with a BadSample."""
     size, end = path.stat().st_size, 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        # names in another encoding stay apart and printable
+        with tarfile.open(path, "r:", encoding="utf-8", errors="backslashreplace") as tar:
             while (member := tar.next()) is not None:
                 if member.isdir():
                     end = member.offset_data
@@ -101,7 +102,7 @@ def _read(path: Path, offset: int, size: int) -> bytes:
 def _json(data: bytes, key: str) -> dict[str, Any]:
     try:
         value = json.loads(data.rstrip(b"\0 \r\n\t"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # hostile nesting is broken too
         raise BadSample(key, "broken json", str(error)[:120]) from error
     if not isinstance(value, dict):
         raise BadSample(key, "wrong type", f"json holds {type(value).__name__}, not an object")
@@ -288,7 +289,10 @@ class InterleavedParquet:
         return self._groups.get(group, load)
 
     def raw(self, key: str, ref: Ref) -> Segments:
-        row = self._group(ref[0]).slice(ref[1], 1).to_pylist()[0]
+        try:
+            row = self._group(ref[0]).slice(ref[1], 1).to_pylist()[0]
+        except UnicodeDecodeError as error:  # Arrow does not check when it reads
+            raise BadSample(key, "text is not UTF-8", str(error)[:120]) from error
         parts: list[str | bytes] = []
         for kind, value in _interleave(key, row["images"], row["texts"]):
             if kind == "text":

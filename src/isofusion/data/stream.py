@@ -76,7 +76,8 @@ def open_tokenizer(data: DataConfig) -> Any:
             f"the world sources {', '.join(endless)} need data.tokenizer = 'world', not {data.tokenizer!r}"
         )
     if isinstance(wanted, Path):
-        return tokenizer.load(wanted)
+        beside = Path(data.folder) / wanted if data.folder else wanted
+        return tokenizer.load(wanted if wanted.exists() or not beside.exists() else beside)
     parts = indices(data, "train")
     corpus = cache.digest("corpus", [i.digest for i in parts.values()])
     return tokenizer.train(wanted, lambda: _texts(parts), corpus)
@@ -179,13 +180,16 @@ class Stream:
 
         Per source: rows, documents (whole or their last piece), text_tokens and image_tokens (slots, no padding),
         unique_tokens, unique_images, epochs (None: endless), estimated, bad counts by reason with examples, cut
-        (documents longer than a row), truncated (always 0: nothing is thrown away), realised shares, warnings.
+        (documents longer than a row), truncated (always 0: nothing is thrown away), realised shares, near_duplicates
+        (of its validation files with any training file; None without such files), warnings.
         """
         total = steps * self.rows_per_step
         rows = self.quota.before(total)
+        twice = self.near_duplicates()
         out: list[dict[str, Any]] = []
         for s, count in zip(self.sources, rows.tolist(), strict=True):
-            out.append({"name": s.name, "domain": s.domain, "rows": count, **s.ledger(count), "warnings": []})
+            entry = {"name": s.name, "domain": s.domain, "rows": count, **s.ledger(count)}
+            out.append({**entry, "near_duplicates": twice.get(s.name), "warnings": []})
         tokens = [e["text_tokens"] + e["image_tokens"] for e in out]
         documents = [e["documents"] for e in out]
         for i, entry in enumerate(out):
@@ -215,9 +219,19 @@ class Stream:
             )
         if entry["bad"]:
             out.append(f"source {entry['name']}: {sum(entry['bad'].values())} bad samples left out")
+        twice = entry["near_duplicates"] or {}
+        for one, many, count in (
+            ("same_text", "documents", "whole texts"),
+            ("same_paragraph", "paragraphs", "long paragraphs"),
+            ("near_image", "images_checked", "images, or their near-duplicates,"),
+        ):
+            if twice.get(one):
+                out.append(
+                    f"source {entry['name']}: {twice[one]} of {twice[many]} {count} of validation are in training too"
+                )
         return out
 
     def near_duplicates(self) -> dict[str, dict[str, int]]:
-        """Per finite source with validation files: how much of its validation is in any training file."""
+        """Per finite source with validation files: how much of its validation is in any training file (cached)."""
         train, val = indices(self.data, "train"), indices(self.data, "val")
         return {name: near_duplicates(list(train.values()), index) for name, index in val.items()}

@@ -157,14 +157,34 @@ def document_sums(losses: DomainLosses) -> dict[str, np.ndarray]:
 
     A variant that the stream has no image for equals doc_true.
     """
-    size = len(losses.documents)
-    targets_D = np.bincount(losses.document, minlength=size).astype(float)
-    keep_D = targets_D > 0
-    out = {"doc_targets": targets_D[keep_D]}
+    every_N = np.ones(len(losses.document), bool)
+    keep_D = _per_document(losses, every_N) > 0
+    out = {"doc_targets": _per_document(losses, every_N)[keep_D]}
     for variant in VARIANTS:
-        nll_N = losses.nll.get(variant, losses.nll["true"])
-        out[f"doc_{variant}"] = np.bincount(losses.document, weights=nll_N, minlength=size)[keep_D]
+        out[f"doc_{variant}"] = _per_document(losses, every_N, variant)[keep_D]
     return out
+
+
+def class_sums(losses: DomainLosses, names: Sequence[str], wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """Per wanted class that occurs: NAME_targets, NAME_true, NAME_blind, NAME_shuffled (summed nats), f64.
+
+    One entry per document of `document_sums`, in its order, zero where a document has none of the class.
+    """
+    keep_D = _per_document(losses, np.ones(len(losses.document), bool)) > 0
+    out = {}
+    for name in wanted:
+        here_N = losses.token_class == names.index(name)
+        if here_N.any():
+            out[f"{name}_targets"] = _per_document(losses, here_N)[keep_D]
+            out |= {f"{name}_{v}": _per_document(losses, here_N, v)[keep_D] for v in VARIANTS}
+    return out
+
+
+def _per_document(losses: DomainLosses, here_N: np.ndarray, variant: str | None = None) -> np.ndarray:
+    """f64[D]: number of the targets marked in bool[N], or their nats; a variant without images equals the true one."""
+    weights_N = None if variant is None else losses.nll.get(variant, losses.nll["true"])[here_N]
+    sums_D = np.bincount(losses.document[here_N], weights=weights_N, minlength=len(losses.documents))
+    return sums_D.astype(float)
 
 
 def summarise(
@@ -190,16 +210,27 @@ def summarise(
 def summarise_classes(
     losses: DomainLosses, names: Sequence[str], chances: Mapping[str, float | None] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Per token class that occurs (0, unclassified, too): loss, targets, oracle, blind, shuffled, chance (or null)."""
+    """Per token class that occurs (0, unclassified, too): loss, targets, oracle, blind, shuffled, chance (or null).
+
+    se, blind_se: standard errors of loss and blind over the documents that have the class.
+    """
     out = {}
     for code in np.unique(losses.token_class):
         here_N = losses.token_class == code
         name = names[code] if code < len(names) else f"class-{code}"
+        counts_D = _per_document(losses, here_N)
+        some_D = counts_D > 0
+        se, blind_se = (
+            ratio_se(_per_document(losses, here_N, v)[some_D], counts_D[some_D]) if v in losses.nll else None
+            for v in ("true", "blind")
+        )
         out[name] = {
             "loss": _mean(losses.nll["true"][here_N]),
             "targets": int(here_N.sum()),
+            "se": se,
             "oracle": _mean(losses.oracle[here_N]),
             "blind": _mean(losses.nll["blind"][here_N]) if "blind" in losses.nll else None,
+            "blind_se": blind_se,
             "shuffled": _mean(losses.nll["shuffled"][here_N]) if "shuffled" in losses.nll else None,
             "chance": (chances or {}).get(name),
         }

@@ -14,7 +14,17 @@ import numpy as np
 from torch import nn
 
 from isofusion.data.sample import DOMAINS
-from isofusion.evaluate.losses import DomainLosses, document_sums, evaluate_domain, summarise, summarise_classes
+from isofusion.evaluate.losses import (
+    DomainLosses,
+    class_sums,
+    document_sums,
+    evaluate_domain,
+    summarise,
+    summarise_classes,
+)
+
+PAIRED_CLASSES = ("fusion-after", "fusion-before")
+"""Token classes whose losses are kept document by document, so that two models can be compared on the same ones."""
 
 
 def evaluate_run(
@@ -39,7 +49,7 @@ def evaluate_run(
         )
         for name, entry in summarise_classes(losses, names, chances).items():
             classes[f"{domain}/{name}"] = entry
-        for name, array in document_sums(losses).items():
+        for name, array in (document_sums(losses) | class_sums(losses, names, PAIRED_CLASSES)).items():
             documents[f"{domain}/{name}"] = array
         if losses.routing is not None:
             routing[domain] = {"text": losses.routing[:, 0].tolist(), "image": losses.routing[:, 1].tolist()}

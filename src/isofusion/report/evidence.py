@@ -67,7 +67,7 @@ def classes(out: Path, rows: list[Row]) -> list[dict[str, Any]]:
                 "label": name or "all targets",
                 "class": name or None,
             }
-            for field in ("loss", "targets", "se", "oracle", "bound", "blind", "shuffled", "chance"):
+            for field in ("loss", "targets", "se", "oracle", "bound", "blind", "blind_se", "shuffled", "chance"):
                 item[field] = number(entry.get(field))
             found.append(item)
     return sorted(found, key=lambda r: (r["domain"], r["class"] is not None))
@@ -88,12 +88,13 @@ def fusion(class_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for r in class_rows:
         if not r["class"] or "fusion" not in r["class"]:
             continue
-        item = {k: r[k] for k in ("arm", "run", "domain", "class", "loss", "se", "blind", "targets")} | {
+        item = {k: r[k] for k in ("arm", "run", "domain", "class", "loss", "se", "blind", "blind_se", "targets")} | {
             "log_m": r["chance"]
         }
         item["margin"] = None if r["chance"] is None else r["chance"] - r["loss"]
         item["z"] = item["margin"] / r["se"] if item["margin"] is not None and r["se"] else None
         item["blind_margin"] = None if r["chance"] is None or r["blind"] is None else r["chance"] - r["blind"]
+        item["blind_z"] = item["blind_margin"] / r["blind_se"] if item["blind_margin"] and r["blind_se"] else None
         found.append(item)
     return found
 
@@ -118,7 +119,10 @@ def verdict(lo: float | None, hi: float | None) -> str:
 def fusion_compare(
     out: Path, rows: list[Row], pairs: list[tuple[str, str]], tiers: dict[float, str]
 ) -> list[dict[str, Any]]:
-    """First less second arm on every fusion class, paired by (size, seed, steps); one value a trunk, t over trunks."""
+    """First less second arm on every fusion class, paired by (size, seed, steps); one value a trunk, t over trunks.
+
+    "documents": the same at the largest size and budget that both have, paired by document; None without their sums.
+    """
     by_arm: dict[str, dict[tuple[Any, ...], dict[str, float]]] = {}
     for row in rows:
         if not any(row["arm"] in pair for pair in pairs):
@@ -133,6 +137,7 @@ def fusion_compare(
     for first, second in pairs:
         one, two = by_arm.get(first, {}), by_arm.get(second, {})
         names = sorted({name for losses in one.values() for name in losses})
+        documents = _by_document(out, rows, first, second, tiers)
         for name in names:
             trunks: dict[tuple[Any, ...], list[float]] = {}
             for key in one.keys() & two.keys():
@@ -152,8 +157,40 @@ def fusion_compare(
                     "trunks": len(trunks),
                     "pairs": sum(map(len, trunks.values())),
                     "verdict": verdict(lo, hi),
+                    "documents": documents.get(name),
                 }
             )
+    return found
+
+
+def _by_document(out: Path, rows: list[Row], first: str, second: str, tiers: dict[float, str]) -> dict[str, Any]:
+    """Per fusion class `paired` of first less second over the validation documents, with size, steps and seeds.
+
+    At the largest (size, steps) that both arms have; a document's difference is the mean over their common seeds.
+    """
+    runs: dict[tuple[str, int], dict[int, dict[str, Row]]] = {}
+    for row in rows:
+        if row["arm"] in (first, second):
+            seeds = runs.setdefault((tiers[float(row["n"])], row["steps"]), {})
+            seeds.setdefault(row["seed"], {})[row["arm"]] = row
+    both = {key: [p for p in seeds.values() if len(p) == 2] for key, seeds in runs.items()}
+    at = max((key for key in both if both[key]), key=lambda k: (both[k][0][first]["n"], k[1]), default=None)
+    if at is None:
+        return {}
+    sides = [
+        tuple(_docs(eval_path(out, pair[arm]).with_name("eval_docs.npz")) for arm in (first, second))
+        for pair in both[at]
+    ]
+    found = {}
+    for name in {name for docs in sides[0] for name in docs if "fusion" in name}:
+        arrays = [side.get(name, {}) for docs in sides for side in docs]
+        targets = arrays[0].get("targets")
+        # the same documents, or no pairing
+        if targets is None or not all("true" in x and np.array_equal(x.get("targets", ()), targets) for x in arrays):
+            continue
+        extra = np.mean([one[name]["true"] - two[name]["true"] for one, two in sides], axis=0)
+        if difference := paired(targets, extra):
+            found[name] = difference | {"size": at[0], "steps": at[1], "seeds": len(sides)}
     return found
 
 
@@ -196,15 +233,16 @@ def paired(targets: np.ndarray, extra: np.ndarray, level: float = LEVEL) -> dict
 
 
 def _docs(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """domain -> {"targets", "true", "shuffled", "blind"} from an npz whose names hold the domain and the kind."""
+    """Domain or "domain/class" -> {"targets", "true", "shuffled", "blind"}, an array over documents each.
+
+    Names in the file: "caption/doc_true", "caption/fusion-after_true".
+    """
     found: dict[str, dict[str, np.ndarray]] = {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
             for name in arrays.files:
-                for kind in ("targets", "true", "shuffled", "blind"):
-                    head, mark, tail = name.partition(f"doc_{kind}")
-                    if mark:
-                        found.setdefault((head + tail).strip("/_.-"), {})[kind] = arrays[name]
+                key, _, kind = name.rpartition("_")
+                found.setdefault(key.removesuffix("/doc"), {})[kind] = arrays[name]
     except (OSError, ValueError):
         return {}
     return found

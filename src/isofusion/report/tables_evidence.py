@@ -131,7 +131,7 @@ def _classes(a: Analysis) -> str:
             arm_cell(a, r["arm"]),
             NAMES[r["domain"]],
             r["label"],
-            *(fixed(r[k]) for k in ("loss", "se", "oracle", "bound", "chance", "blind", "shuffled")),
+            *(fixed(r[k]) for k in ("loss", "se", "oracle", "bound", "chance", "blind", "blind_se", "shuffled")),
             f"{r['targets']:.0f}" if r["targets"] else DASH,
         ]
         for r in sorted(a["classes"], key=lambda r: (r["domain"], r["class"] is not None, r["label"]))
@@ -146,6 +146,7 @@ def _classes(a: Analysis) -> str:
         "learner's bound",
         "chance",
         "no image",
+        "s.e.",
         "another image",
         "count",
     ]
@@ -156,11 +157,15 @@ def _classes(a: Analysis) -> str:
             gap(r),
             str(r["trunks"]),
             {"lower": f"{r['first']} better", "higher": f"{r['second']} better"}.get(r["verdict"], "cannot say"),
+            gap(d) if (d := r.get("documents")) else DASH,
+            fixed(d["t"], 1) if d else DASH,
+            f"{d['docs']} at {d['size']}" if d else DASH,
         ]
         for r in a["fusion_compare"]
     ]
-    more = table(["difference", "targets", "nats/token", "trunks", "so"], compare, left=(1, 4))
-    fusion = folded("Fusion targets, arm against arm (paired by size, seed and budget)", more)
+    head_compare = ["difference", "targets", "nats/token", "trunks", "so", "same documents", "t", "documents"]
+    more = table(head_compare, compare, left=(1, 4))
+    fusion = folded("Fusion targets, arm against arm (paired by size, seed and budget; by document)", more)
     listing = table(head, rows, left=(1, 2))
     return fusion + folded("All classes, largest run of each arm", listing)
 

@@ -13,6 +13,8 @@ from isofusion.report.figures import NAMES
 from isofusion.report.words import fixed, interval, listed, percent, power, si
 
 Analysis = dict[str, Any]
+SURE = 1.96
+"""Standard errors below chance before a loss is called below it."""
 
 
 def headline(a: Analysis) -> list[str]:
@@ -185,20 +187,36 @@ def loss_by_class(a: Analysis) -> str:
         if pooled is None:
             continue
         m = pooled["log_m"]
-        sure = f"standard error {fixed(pooled['se'])}" if pooled["se"] else "no standard error known"
-        blind = f", blind {fixed(pooled['blind'])}" if pooled["blind"] is not None else ""
-        parts.append(f"{arm} {fixed(pooled['loss'])} ({sure}{blind})")
+        blind = ""
+        if pooled["blind"] is not None:
+            blind = f"; blind {fixed(pooled['blind'])}, {_against(m, pooled['blind'], pooled['blind_se'])}"
+        parts.append(f"{arm} {fixed(pooled['loss'])}, {_against(m, pooled['loss'], pooled['se'])}{blind}")
     if m is not None:
-        text += f"All fusion targets together, against their chance level log m = {fixed(m)}: {'; '.join(parts)}. "
+        text += f"All fusion targets together, against their chance level log m = {fixed(m)}: {'. '.join(parts)}. "
+    across = [r for r in a["fusion_compare"] if a["arms"][r["first"]]["fusion"] != a["arms"][r["second"]]["fusion"]]
     compared = [
         f"{r['first']} − {r['second']} on {r['class']}: {fixed(r['diff'], sign=True)} {interval((r['lo'], r['hi']))}"
         f" ({'cannot say' if r['verdict'] == 'cannot say' else r['first'] + ' ' + r['verdict']})"
-        for r in a["fusion_compare"]
-        if a["arms"][r["first"]]["fusion"] != a["arms"][r["second"]]["fusion"]
+        for r in across
     ]
     if compared:
-        text += f"Paired by size, seed and budget, interval over trunks: {'; '.join(compared)}."
+        text += f"Paired by size, seed and budget, interval over trunks: {'; '.join(compared)}. "
+    documents = [
+        f"{r['first']} − {r['second']} on {r['class']}: {fixed(d['diff'], sign=True)} (standard error {fixed(d['se'])})"
+        for r in across
+        if (d := r.get("documents"))
+    ]
+    if documents:
+        text += f"The largest of both, paired by document: {'; '.join(documents)}."
     return text.strip()
+
+
+def _against(chance: float, loss: float, se: float | None) -> str:
+    """Whether a loss is below chance for sure, by its standard error over documents."""
+    if not se:
+        return "no standard error known"
+    says = "below chance" if (chance - loss) / se > SURE else "not clearly below chance"
+    return f"{says} (standard error {fixed(se)})"
 
 
 def pooled_fusion(a: Analysis, arm: str) -> dict[str, Any] | None:
@@ -213,9 +231,13 @@ def pooled_fusion(a: Analysis, arm: str) -> dict[str, Any] | None:
             return None
         return float(sum(r[field] * r["targets"] for r in rows) / total)
 
-    errors = [r["se"] for r in rows]
-    se = None if None in errors else sum((r["se"] * r["targets"] / total) ** 2 for r in rows) ** 0.5
-    return {"loss": mean("loss"), "blind": mean("blind"), "log_m": mean("log_m"), "se": se, "targets": total}
+    def error(field: str) -> float | None:
+        if any(r[field] is None for r in rows):
+            return None
+        return float(sum((r[field] * r["targets"] / total) ** 2 for r in rows) ** 0.5)
+
+    means = {field: mean(field) for field in ("loss", "blind", "log_m")}
+    return means | {"se": error("se"), "blind_se": error("blind_se"), "targets": total}
 
 
 def image_use(a: Analysis) -> str:

@@ -6,6 +6,7 @@ fork + cool-down) counted. Tuning runs and excluded runs are rows too, but only 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 from isofusion.config import ModelConfig, RunConfig
 from isofusion.data.sample import DOMAINS
-from isofusion.errors import InputError
+from isofusion.errors import InputError, RunFailure
 
 INDEX = "ledger.sqlite"
 COUNTS = ("n_encoder", "n_decoder", "n_total", "n_active", "n_nonembedding")
@@ -158,10 +159,14 @@ class Ledger:
 
     def _connect(self, path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, isolation_level=None)
-        columns = ", ".join(f'"{name}"' for name in STATE_COLUMNS)
-        connection.execute(f"CREATE TABLE IF NOT EXISTS runs ({columns}, config TEXT, PRIMARY KEY (run))")
-        columns = ", ".join(f'"{name}"' for name in COLUMNS)
-        connection.execute(f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY (run))")
+        try:
+            columns = ", ".join(f'"{name}"' for name in STATE_COLUMNS)
+            connection.execute(f"CREATE TABLE IF NOT EXISTS runs ({columns}, config TEXT, PRIMARY KEY (run))")
+            columns = ", ".join(f'"{name}"' for name in COLUMNS)
+            connection.execute(f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY (run))")
+        except sqlite3.Error:
+            connection.close()
+            raise
         return connection
 
     def _write(self, connection: sqlite3.Connection, folder: Path, excluded: set[str]) -> None:
@@ -177,31 +182,36 @@ class Ledger:
             connection.execute(f"INSERT OR REPLACE INTO results VALUES ({', '.join('?' * len(values))})", values)
 
     def update(self, run: str) -> None:
-        """Index one finished run. The index is a convenience: if it is broken it is rebuilt."""
+        """Index one finished run. The index is a convenience: if it is broken it is rebuilt, if that fails, later."""
         try:
-            connection = self._connect(self.path)
-            try:
+            with contextlib.closing(self._connect(self.path)) as connection:
                 self._write(connection, self.out / "runs" / run, self._excluded())
-            finally:
-                connection.close()
         except sqlite3.Error:
-            self.rebuild()
+            with contextlib.suppress(RunFailure):  # a full disk: the study ends with a rebuild, or says why not
+                self.rebuild()
 
     def rebuild(self) -> None:
-        """Write the index and results.csv anew from the run folders alone, atomically."""
+        """Write the index and results.csv anew from the run folders alone, atomically. Raises RunFailure (full disk)."""
         tmp = self.out / f"{INDEX}.{os.getpid()}.tmp"
-        tmp.unlink(missing_ok=True)
-        connection = self._connect(tmp)
         try:
-            excluded = self._excluded()
-            connection.execute("BEGIN")
-            for folder in sorted((self.out / "runs").glob("*/")):
-                self._write(connection, folder, excluded)
-            connection.execute("COMMIT")
+            tmp.unlink(missing_ok=True)
+            with contextlib.closing(self._connect(tmp)) as connection:
+                excluded = self._excluded()
+                connection.execute("BEGIN")
+                for folder in sorted((self.out / "runs").glob("*/")):
+                    self._write(connection, folder, excluded)
+                connection.execute("COMMIT")
+            os.replace(tmp, self.path)
+            write_csv(self.out / "results.csv", self.rows())
+        except (sqlite3.Error, OSError) as error:
+            raise RunFailure(
+                f"{self.out}: cannot write {INDEX} and results.csv ({error}); the run folders are untouched, free some "
+                f"space and run the study again with --resume"
+            ) from error
         finally:
-            connection.close()
-        os.replace(tmp, self.path)
-        write_csv(self.out / "results.csv", self.rows())
+            for path in (tmp, tmp.with_name(f"{tmp.name}-journal")):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def rows(self, *, all_runs: bool = False) -> list[dict[str, Any]]:
         """Rows of `results`, sorted by arm, n, seed, tokens; without tuning and excluded runs unless `all_runs`."""
@@ -221,11 +231,14 @@ class Ledger:
 def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """results.csv: the columns of COLUMNS in order, an empty cell for what is not known."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with tmp.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(tmp, path)
+    try:
+        with tmp.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def results(out: Path, *, all_runs: bool = False) -> list[dict[str, Any]]:

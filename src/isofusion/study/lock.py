@@ -215,8 +215,11 @@ def _sessions(out: Path) -> list[dict[str, Any]]:
 def write_atomic(path: Path, text: str) -> None:
     """Write through a temporary file, fsync and rename, so that a reader never sees half a file."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    try:
+        with tmp.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)

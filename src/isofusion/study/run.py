@@ -32,7 +32,13 @@ from isofusion.study.spec import StudySpec, cost_hint
 
 TRAIN = "isofusion.train.loop:train_run"
 FAILURE = "failure.json"  # in a run folder: why its last attempt ended; removed when it starts again
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+THREAD_VARIABLES = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"),
+    "RAYON_NUM_THREADS",  # tokenizers
+)
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "268435456"}
+"""glibc keeps what a step frees for the next step. By default each large tensor is a fresh mapping whose pages are
+cleared anew, step after step. Other C libraries ignore these; a user's own setting wins."""
 POLL = 0.2  # seconds between looks at checkpoints and the display
 MAX_WORKER_DEATHS = 3  # in a row before the first event: then the machine, not a run, is the trouble
 
@@ -198,7 +204,8 @@ class Pool:
                 slot.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
     def _spawn(self) -> None:
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads)), "PYTHONUNBUFFERED": "1"}
+        threads = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
+        environment = {**MALLOC, **os.environ, **threads, "PYTHONUNBUFFERED": "1"}
         log = (self.logs / f"worker-{self.started}.log").open("ab")
         command = [
             sys.executable,
@@ -333,7 +340,7 @@ def prepare(spec: StudySpec) -> None:
 
     train = spec.arms[0].sizes[0].train
     for seed in spec.seeds[:1]:
-        Stream(spec.data, seed, "train", train.rows_per_step)
+        Stream(spec.data, seed, "train", train.rows_per_step).near_duplicates()
         Stream(spec.data, seed, "val", train.rows_per_step)
 
 
@@ -392,8 +399,10 @@ def run_study(
                 keep_open=fd,
             )
             pool.go()
-            ledger.rebuild()
-            _verdict(pool, out, command)
+            try:
+                ledger.rebuild()
+            finally:  # a full disk must not hide why the runs stopped; the index is rebuilt from the folders
+                _verdict(pool, out, command)
         else:
             ledger.rebuild()
 

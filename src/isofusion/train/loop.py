@@ -122,7 +122,7 @@ class _Run:
         self.optimizer = build_optimizer(self.model, config.model, config.train)
         self.step = 0
         self.tally = Tally()
-        self.precision = choose_precision(config.model, "cpu", config.train.precision)
+        self.precision = choose_precision(config.train.precision, "cpu")
         self._start(runs_root)
         self._describe()
 

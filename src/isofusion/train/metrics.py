@@ -6,6 +6,7 @@ step N describe the same moment. After a resume the file is cut back to the chec
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -73,4 +74,5 @@ class MetricsLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was reported when it was written
+            self._file.close()

@@ -13,13 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.data.sample import DOMAINS
-
-BF16_MIN_WIDTH = {"dense": 48, "experts": 96}
-"""From this width on bf16 is faster on an avx512_bf16 CPU (fp32 / bf16 ms of a step of 2,048 slots, depth 4, 1 thread:
-dense 34/34 at width 16, 74/58 at 48, 169/118 at 96; 8 experts 122/142 at 64, 204/188 at 96)."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +32,17 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.balance) and math.isfinite(self.grad_norm)
 
 
-def choose_precision(cfg: ModelConfig, device: str = "cpu", asked: str = "auto") -> str:
-    """The precision to train in. `auto`: bf16 on a GPU, and on a CPU with bf16 products if width repays the casts."""
+def choose_precision(asked: str = "auto", device: str = "cpu") -> str:
+    """The precision to train in. `auto`: bf16 on a GPU and on a CPU with bf16 products (avx512_bf16, AMX), else fp32.
+
+    It depends on the machine alone: all sizes of a ladder run in one precision, or a law would mix two. On an
+    avx512_bf16 core that costs little where it does not pay (fp32 / bf16 ms of a step of 2,048 slots, depth 4, 1
+    thread: dense 34/34 at width 16, 74/58 at 48, 169/118 at 96; 8 experts 122/142 at 64, 204/188 at 96).
+    """
     if asked != "auto":
         return asked
-    if device != "cpu":
-        return "bf16"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast and cfg.width >= BF16_MIN_WIDTH["experts" if cfg.n_experts else "dense"] else "fp32"
+    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
 
 
 def precision_context(precision: str, device: str = "cpu") -> AbstractContextManager:

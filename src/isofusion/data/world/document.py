@@ -1,4 +1,4 @@
-"""The phrases that captions and interleaved documents share: describe, ask, answer, relate, read the frame."""
+"""The phrases that captions and interleaved documents share: describe, ask, answer, relate, read a bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from isofusion.data.world.vocab import (
     COLOUR,
     COLOURS,
     COUNT,
-    FRAMES,
     FROM,
     FUSION_AFTER,
     FUSION_BEFORE,
@@ -27,12 +26,13 @@ from isofusion.data.world.vocab import (
     SIDES,
     SIGN,
     SPATIAL,
+    TONE,
     TRAITS,
 )
 
 TRAIT_AFTER_NAME = table((0.55, 0.15, 0.15, 0.15))  # nothing, is, lives, eats
 Question = tuple[int, int]
-"""(operand, side); its answer is (frame colour of the side + operand) mod m."""
+"""(operand, side); its answer is (tone of the bar on that side + operand) mod m."""
 
 
 class Document(Writer):
@@ -76,8 +76,10 @@ class Document(Writer):
         """Count; each entity's colour and name, with a trait now and then; the numeral if one is drawn."""
         self.put(NUMERALS[len(scene.entities)], COUNT)
         self.exposures += len(scene.entities)
-        for k, colour in zip(scene.entities, scene.colours, strict=True):
-            self.put(COLOURS[colour], COLOUR)
+        places = list(range(len(scene.entities)))
+        while places:  # in any order: the colour drawn says which entity comes next
+            place = places.pop(self.pick([COLOURS[scene.colours[i]] for i in places], COLOUR))
+            k = scene.entities[place]
             self.read_name(k)
             which = self.defer(TRAIT_AFTER_NAME) if traits else 0
             if which:
@@ -86,23 +88,30 @@ class Document(Writer):
             self.put(SIGN, GRAMMAR)
             self.put(NUMERALS[scene.sign[0]], NUMERAL)
 
-    def question(self, free_sides: list[int]) -> Question:
-        """`ask one top`: operand uniform, side uniform among those not spoken of yet."""
+    def question(self, free_sides: list[int], p_sum: float = 0.0) -> Question:
+        """`ask one top`: operand uniform, side uniform among those not spoken of yet.
+
+        With chance `p_sum` an addition in words goes before, `ask one two zero`: the same sum with nothing to see.
+        """
         self.put(ASK, GRAMMAR)
         operand = self.pick(NUMERALS[:MOD], CHOICE)
+        if p_sum and self.defer(table((1 - p_sum, p_sum))):
+            other = self.pick(NUMERALS[:MOD], CHOICE)
+            self.put(NUMERALS[(operand + other) % MOD], NUMERAL)
+            return self.question(free_sides)
         side = free_sides.pop(self.pick([SIDES[s] for s in free_sides], CHOICE))
         return operand, side
 
-    def ask_after(self, scene: Scene) -> None:
+    def ask_after(self, scene: Scene, p_sum: float = 0.0) -> None:
         """`ask one top zero`: the answer stands right after the side, where side and operand are nearest."""
-        operand, side = self.question(scene.free_sides)
-        self.put(NUMERALS[(scene.frame[side] + operand) % MOD], FUSION_AFTER)
+        operand, side = self.question(scene.free_sides, p_sum)
+        self.put(NUMERALS[(scene.bars[side] + operand) % MOD], FUSION_AFTER)
 
     def answer(self, scene: Scene, questions: list[Question]) -> None:
         """`top zero`, in the order of the questions before the image."""
         for operand, side in questions:
             self.put(SIDES[side], REFERENCE)
-            self.put(NUMERALS[(scene.frame[side] + operand) % MOD], FUSION_BEFORE)
+            self.put(NUMERALS[(scene.bars[side] + operand) % MOD], FUSION_BEFORE)
 
     def relate(self, scene: Scene) -> None:
         """`from red blue left`: seen from the red one, the blue one is left."""
@@ -113,10 +122,10 @@ class Document(Writer):
         self.put(scene.relation(a, b), SPATIAL)
 
     def read_rim(self, scene: Scene) -> None:
-        """`rim top white`: a frame colour read out, on a side that no question asks about."""
+        """`rim top two`: the tone of a bar read out, on a side that no question asks about."""
         self.put(RIM, GRAMMAR)
         side = scene.free_sides.pop(self.pick([SIDES[s] for s in scene.free_sides], CHOICE))
-        self.put(FRAMES[scene.frame[side]], COLOUR)
+        self.put(NUMERALS[scene.bars[side]], TONE)
 
     def structure(self, dist: Table, label: str = "structure") -> int:
         """A choice that costs nothing: only whether an image comes next depends on it."""

@@ -6,18 +6,13 @@ from isofusion.data.world.choice import table
 from isofusion.data.world.document import Document, Question
 from isofusion.data.world.scene import INTERLEAVED_COUNT, Scene
 from isofusion.data.world.vocab import (
-    ASK,
     CALL,
     CHOICE,
     COLOURS,
-    FUSION_AFTER,
     GRAMMAR,
-    MOD,
     NICKNAMES,
-    NUMERALS,
     ORDINALS,
     REFERENCE,
-    SIDES,
     STOP,
     TRAITS,
 )
@@ -31,7 +26,7 @@ BODY = 1 + 3 * 4 + 2 + 1  # longest description and its stop
 QUESTION, ANSWER = 3, 2
 # extras after a description: weight and longest length in tokens
 STOP_, ASK_, RIM_, FROM_, CALL_, NICK_, BACK_ = range(7)
-EXTRAS = ((0.25, 0), (0.65, 4), (0.15, 3), (0.15, 4), (0.2, 3), (0.25, 3), (0.25, 5))
+EXTRAS = ((0.25, 0), (0.65, 4), (0.5, 3), (0.15, 4), (0.2, 3), (0.25, 3), (0.25, 5))
 EVEN = table((0.5, 0.5))
 
 
@@ -44,7 +39,7 @@ def write_interleaved(doc: Document) -> None:
         if questions is None:
             return
         scene = doc.look(INTERLEAVED_COUNT, P_SIGN)
-        scene.free_sides = [s for s in range(4) if s not in {side for _, side in questions}]
+        scene.free_sides = [s for s in range(2) if s not in {side for _, side in questions}]
         scenes.append(scene)
         doc.answer(scene, questions)
         doc.describe(scene, traits=False)
@@ -68,7 +63,7 @@ def _next(doc: Document, n: int) -> list[Question] | None:
         return None
     if plan == 2:
         return []
-    sides = [0, 1, 2, 3]
+    sides = [0, 1]
     questions = [doc.question(sides)]
     if fits > 1 and doc.structure(EVEN):
         questions.append(doc.question(sides))
@@ -116,10 +111,7 @@ def _look_back(doc: Document, earlier: list[Scene]) -> None:
     """`first red bo-ka-ti`, or a question about an earlier image: `first ask one top zero`."""
     scene = earlier[doc.pick(ORDINALS[: len(earlier)], CHOICE)]
     if scene.free_sides and doc.defer(EVEN):
-        doc.put(ASK, GRAMMAR)
-        operand = doc.pick(NUMERALS[:MOD], CHOICE)
-        side = scene.free_sides.pop(doc.pick([SIDES[s] for s in scene.free_sides], CHOICE))
-        doc.put(NUMERALS[(scene.frame[side] + operand) % MOD], FUSION_AFTER)
+        doc.ask_after(scene)
         return
     place = doc.pick([COLOURS[c] for c in scene.colours], CHOICE)
     for token in doc.entities.name_tokens(scene.entities[place]):

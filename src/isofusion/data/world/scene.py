@@ -1,10 +1,11 @@
-"""Scenes and their pixels: glyphs on a 3 x 3 grid, a frame of four coloured bars, sometimes a drawn numeral.
+"""Scenes and their pixels: glyphs on a 3 x 3 grid, a bar above and one below, sometimes a drawn numeral.
 
-Everything the text may speak of is visible: glyphs, their colours and cells, frame colours, the numeral. Jitter,
-clutter and noise are hidden bytes that no text depends on. Jitter is less than one glyph cell, so no two glyphs can
-look alike. A glyph is 5 x 5 cells: a centre that is always on, and around it, like the sails of a windmill, four parts
-of 2 x 3 cells, one bit a cell. At 48 px a glyph is 10 px and begins 3 or 4 px into its 16 px square, so it always
-straddles patches of 8 (not aligned), yet alike in all nine squares: what is learnt in one serves in the others.
+Everything the text may speak of is visible: glyphs, the tiles they stand on, the tones of the bars, the numeral.
+Jitter, clutter and noise are hidden bytes that no text depends on. Jitter is at most half a glyph cell, so no two
+glyphs can look alike and none reaches a bar. A glyph is 5 x 5 cells in white ink on a coloured tile: a centre that is
+always on, and around it, like the sails of a windmill, four parts of 2 x 3 cells, one bit a cell. At 48 px a glyph is
+10 px and begins 3 or 4 px into its 16 px square, so it always straddles patches of 8 (not aligned), yet alike in all
+nine squares: what is learnt in one serves in the others.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from isofusion.data.world.vocab import ABOVE, BELOW, LEFT, MOD, RIGHT
 from isofusion.errors import InputError
 
 # the ground is mid-grey, zero after the usual normalisation: what an image says is then most of what a patch carries
-GLYPH_RGB = np.array(
+TILE_RGB = np.array(
     [(212, 0, 0), (0, 212, 0), (0, 0, 232), (112, 100, 0), (130, 0, 82), (0, 106, 106)], dtype=np.uint8
-)  # about equal in r + g + b, so that a shape reads the same in any colour
-FRAME_RGB = np.array([(238, 238, 238), (0, 0, 0)], dtype=np.uint8)
+)  # about equal in r + g + b, so that the white ink stands out alike on any tile
+BAR_RGB = np.array([(0, 0, 0), (238, 238, 238), (238, 110, 0)], dtype=np.uint8)  # read out as zero, one, two
+GLYPH_INK = np.array((238, 238, 238), dtype=np.uint8)
 SIGN_RGB = np.array((238, 190, 40), dtype=np.uint8)
 BACKGROUND, CLUTTER, NOISE = 118, 20, 16  # grey level; most that clutter adds; noise is 0 .. NOISE-1
-UNIT = 48  # a glyph cell and a frame bar are 2 px per UNIT of image side
+UNIT = 48  # a glyph cell and a bar are 2 px per UNIT of image side
 SAILS = (
     (0, 0, 2, 3),
     (0, 3, 3, 2),
@@ -35,7 +37,7 @@ SAILS = (
 DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
           "111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111")  # fmt: skip
 
-CAPTION_COUNT = table((0.5, 0.24, 0.12, 0.07, 0.04, 0.03))
+CAPTION_COUNT = table((0.4, 0.25, 0.15, 0.1, 0.06, 0.04))
 INTERLEAVED_COUNT = table((0.6, 0.25, 0.15))
 
 
@@ -46,9 +48,9 @@ class Scene:
     entities: list[int]
     colours: list[int]  # indices of COLOUR_WORDS, all different
     cells: list[int]  # 0..8, rising
-    frame: list[int]  # frame colour of top, bottom, left, right
+    bars: list[int]  # tone of the top and the bottom bar, 0..2
     sign: tuple[int, int] | None  # (digit, cell)
-    free_sides: list[int] = field(default_factory=lambda: [0, 1, 2, 3])  # sides the text has not spoken of yet
+    free_sides: list[int] = field(default_factory=lambda: [0, 1])  # sides the text has not spoken of yet
     called: list[int] = field(default_factory=list)  # entities (places in the list) that have a nickname
 
     def relation(self, a: int, b: int) -> int:
@@ -63,9 +65,9 @@ def draw_scene(chooser: Chooser, entities: Entities, count: Table, p_sign: float
     """Entities are independent draws by frequency (one may appear twice); colours and cells differ."""
     choose = chooser.choose
     n = choose(count, "count") + 1
-    cells, colours = list(range(9)), list(range(len(GLYPH_RGB)))
+    cells, colours = list(range(9)), list(range(len(TILE_RGB)))
     taken = sorted(cells.pop(choose(uniform(len(cells)), "cell")) for _ in range(n))
-    frame = [choose(uniform(MOD), "frame") for _ in range(4)]
+    bars = [choose(uniform(MOD), "bar") for _ in range(2)]
     sign = None
     if choose(table((1 - p_sign, p_sign)), "sign"):
         sign = choose(uniform(10), "digit"), cells[choose(uniform(len(cells)), "cell")]
@@ -73,7 +75,7 @@ def draw_scene(chooser: Chooser, entities: Entities, count: Table, p_sign: float
         entities=[choose(entities.draw, "entity") for _ in range(n)],
         colours=[colours.pop(choose(uniform(len(colours)), "colour")) for _ in range(n)],
         cells=taken,
-        frame=frame,
+        bars=bars,
         sign=sign,
     )
 
@@ -87,7 +89,7 @@ class Renderer:
         self.size = image_size
         self.unit = image_size // UNIT
         self.cell = 2 * self.unit  # px of a glyph cell
-        self.bar = 2 * self.unit  # px of a frame bar
+        self.bar = 2 * self.unit  # px of a bar
         self.pitch = image_size // 3
         masks = np.zeros((len(SAILS), N_PARTS, 5, 5), bool)
         masks[0, :, 2, 2] = True
@@ -106,12 +108,12 @@ class Renderer:
         return 3 * self.unit + cell // 3 * self.pitch, 3 * self.unit + cell % 3 * self.pitch
 
     def _jitter(self, byte: int) -> int:
-        """0 px in three cases of four, else 1 .. cell - 1 px."""
-        return 0 if byte & 3 else 1 + (byte >> 2) % (self.cell - 1)
+        """0 px in three cases of four, else 1 px to half a glyph cell."""
+        return 0 if byte & 3 else 1 + (byte >> 2) % self.unit
 
     def render(self, scene: Scene, parts: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """u8[size, size, 3] from the scene, the glyph parts u8[n, 4] and `n_hidden` hidden bytes."""
-        size, bar, side = self.size, self.bar, 5 * self.cell
+        size, bar, side, unit = self.size, self.bar, 5 * self.cell, self.unit
         out = np.full((size, size, 3), BACKGROUND, np.uint8)
         bits = hidden[:64].tolist()
         for c in range(3):  # clutter: faint boxes
@@ -123,14 +125,13 @@ class Renderer:
             y, x = y + self._jitter(bits[24 + 2 * i]), x + self._jitter(bits[25 + 2 * i])
             a, b, c, d = four
             mask = self.parts[0, a] | self.parts[1, b] | self.parts[2, c] | self.parts[3, d]
-            np.copyto(out[y : y + side, x : x + side], GLYPH_RGB[colour], where=mask)
+            out[y - unit : y + side + unit, x - unit : x + side + unit] = TILE_RGB[colour]
+            np.copyto(out[y : y + side, x : x + side], GLYPH_INK, where=mask)
         if scene.sign is not None:
             y, x = self.corner(scene.sign[1])
             y, x = y + self._jitter(bits[40]), x + self.cell + self._jitter(bits[41])
             mask = self.digits[scene.sign[0]]
             np.copyto(out[y : y + mask.shape[0], x : x + mask.shape[1]], SIGN_RGB, where=mask)
-        top, bottom, left, right = FRAME_RGB[scene.frame]
-        out[:, :bar], out[:, size - bar :] = left, right
-        out[:bar], out[size - bar :] = top, bottom
+        out[:bar], out[size - bar :] = BAR_RGB[scene.bars]
         out += (hidden[64:] % NOISE).reshape(out.shape)
         return out

@@ -21,26 +21,26 @@ CLASSES = (
     "spatial",  # above, below, left, right of
     "count",  # how many entities
     "attribute",  # what an entity is, eats, where it lives
-    "fusion-after",  # (frame colour + operand) mod m, asked after the image
+    "fusion-after",  # (tone of a bar + operand) mod m, asked after the image
     "fusion-before",  # the same, asked before the image
     "name",  # entity names in text: the Zipf entropy
     "rule",  # the text grammar
     "numeral",  # drawn numerals read out, sums and successors in text
     "reference",  # repeated names, answers that point back at a question
     "choice",  # what the writer picks freely: operands, sides, nicknames
-    "colour",  # colours of entities and of the frame
+    "colour",  # colours of tiles: which entity comes next
+    "tone",  # the tone of a bar, read out as a numeral
 )
 """Index = the code in `token_class`."""
 (_, GRAMMAR, LOOKUP, SPATIAL, COUNT, ATTRIBUTE, FUSION_AFTER, FUSION_BEFORE, NAME, RULE, NUMERAL, REFERENCE, CHOICE,
- COLOUR) = range(len(CLASSES))  # fmt: skip
+ COLOUR, TONE) = range(len(CLASSES))  # fmt: skip
 
 SYLLABLE_WORDS = tuple(c + v for c in "bdfghjklmnprstvz" for v in ("a", "e", "i", "o", "u", "ai", "au", "oi"))
 COLOUR_WORDS = ("red", "green", "blue", "brown", "plum", "teal")
-FRAME_WORDS = ("white", "black")
-MOD = len(FRAME_WORDS)  # m of the fusion questions: (frame colour + operand) mod m
+MOD = 3  # tones of a bar, and m of the fusion questions: (tone + operand) mod m
 NUMERAL_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINAL_WORDS = ("first", "second", "third", "fourth")
-SIDE_WORDS = ("top", "bottom", "left", "right")
+SIDE_WORDS = ("top", "bottom")
 KIND_WORDS = ("beast", "bird", "reptile", "insect")
 HOME_WORDS = ("forest", "river", "desert", "cave", "meadow", "marsh", "cliff", "shore")
 FOOD_WORDS = ("berries", "seeds", "roots", "leaves", "nuts", "grass", "moss", "fruit",
@@ -60,11 +60,10 @@ _FIXED = (
     ("special", ("<pad>", "<bos>", "<eos>", "<image>")),
     ("syllable", SYLLABLE_WORDS),
     ("colour", COLOUR_WORDS),
-    ("frame", FRAME_WORDS),
     ("numeral", NUMERAL_WORDS),
     ("ordinal", ORDINAL_WORDS),
     ("side", SIDE_WORDS),
-    ("vertical", ("above", "below")),
+    ("direction", ("above", "below", "left", "right")),
     ("kind", KIND_WORDS),
     ("home", HOME_WORDS),
     ("food", FOOD_WORDS),
@@ -79,7 +78,6 @@ ID = {word: i for i, word in enumerate(WORDS)}
 SYLLABLE = ID[SYLLABLE_WORDS[0]]
 LEXICON = VOCAB_SIZE - LEXICON_SIZE
 COLOURS = [ID[w] for w in COLOUR_WORDS]
-FRAMES = [ID[w] for w in FRAME_WORDS]
 NUMERALS = [ID[w] for w in NUMERAL_WORDS]
 ORDINALS = [ID[w] for w in ORDINAL_WORDS]
 SIDES = [ID[w] for w in SIDE_WORDS]

@@ -25,7 +25,7 @@ from isofusion.data.world.scene import Renderer
 from isofusion.data.world.vocab import CLASSES, MOD, WorldTokenizer
 from isofusion.errors import InputError
 
-VERSION = 1
+VERSION = 2
 """Raise it when any document changes: it is part of the digest that caches and fingerprints use."""
 
 CHANCE: dict[str, float | None] = {
@@ -33,6 +33,7 @@ CHANCE: dict[str, float | None] = {
     "lookup": math.log(entities_module.N_SYLLABLES),
     "spatial": math.log(4),
     "count": math.log(6),
+    "tone": math.log(MOD),
     "fusion-after": math.log(MOD),
     "fusion-before": math.log(MOD),
 }
