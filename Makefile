@@ -33,7 +33,8 @@ ladder: $(READY)  ## the careful ladder (at most 2 hours on 2 cores)
 	$(BIN)/isofusion study run studies/world-ladder.toml --out $(OUT)/world-ladder --resume
 
 openstax: $(READY)  ## real data: make openstax DATA=FOLDER
-	$(BIN)/isofusion study run studies/openstax-mini.toml --data $(DATA) --out $(OUT)/openstax-mini --resume
+	@test -n "$(DATA)" || { echo "give the data folder: make openstax DATA=FOLDER" >&2; exit 2; }
+	$(BIN)/isofusion study run studies/openstax-mini.toml --data "$(DATA)" --out $(OUT)/openstax-mini --resume
 
 clean:           ## remove the environment and every build product (never a study)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

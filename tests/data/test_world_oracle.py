@@ -172,7 +172,7 @@ def test_captions_to_the_end_with_questions_after(tiny):
 
 
 def test_captions_to_the_end_with_questions_before(tiny):
-    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1,), "bar": (1, 2)}, 0)[0] > 1000
+    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1,), "bar": (2,)}, 22)[0] > 1000
 
 
 def test_captions_over_all_tones_with_questions_before_and_after(tiny):
@@ -192,7 +192,7 @@ def test_without_the_image_tones_and_fusion_answers_are_uniform(tiny, monkeypatc
     after = text_alone(tiny, "interleaved", STILL | {"bar": TONES}, 0)
     # one or two questions before the first image, then a remark on it
     monkeypatch.setattr(interleaved, "P_ASK_FIRST", 1.0)
-    before = text_alone(tiny, "interleaved", STILL | {"bar": TONES, "structure": (0, 1)}, 19)
+    before = text_alone(tiny, "interleaved", STILL | {"bar": TONES, "structure": (0, 1)}, 17)
     assert set(found) == {FUSION_AFTER, FUSION_BEFORE, TONE}
     assert set(after) == {FUSION_AFTER, TONE}
     assert set(before) == {FUSION_AFTER, FUSION_BEFORE, TONE}

@@ -1,6 +1,7 @@
 """A stand-in for `train_run` that keeps its contract (folders, forks, DONE, stop, resume) and trains nothing.
 
-Behaviour by environment: FAKE_DIE / FAKE_FAIL / FAKE_BAD = name of the run to kill (once), fail or reject;
+Behaviour by environment: FAKE_DIE / FAKE_FAIL / FAKE_BAD / FAKE_TERM = name of the run to kill (once), fail, reject or
+tell to stop;
 FAKE_STEP = seconds per step.
 """
 
@@ -55,6 +56,8 @@ def train_run(config, folder: Path, runs_root: Path, *, threads: int, on_event=N
                 if os.environ.get("FAKE_DIE") == config.name and not marker.exists():
                     marker.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
+                if os.environ.get("FAKE_TERM") == config.name:
+                    os.kill(os.getpid(), signal.SIGTERM)
     if config.kind == "branch":
         value = loss_of(config.end_step) + 1.0 / config.model.width
         measured = {"loss": value, "oracle": 0.1, "bound": 0.05, "blind": value + 1, "shuffled": value + 2}

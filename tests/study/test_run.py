@@ -124,6 +124,19 @@ def test_a_killed_worker_costs_one_run(toml: Path, tmp_path: Path, fake: str, mo
         assert steps(out, config.name) == list(range(config.start_step + 1, config.end_step + 1))
 
 
+def test_a_worker_told_to_stop_takes_no_other_run_with_it(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    monkeypatch.setenv("FAKE_TERM", "early-s32-s0-trunk")
+    monkeypatch.setenv("FAKE_STEP", "0.01")
+    with pytest.raises(RunFailure, match="its worker was told to stop; the checkpoints are kept"):
+        run(spec, out, fake)
+    done = {path.parent.name for path in out.glob("runs/*/DONE")}
+    assert done == {r.name for r in spec.runs() if not r.name.startswith("early-s32")}
+    monkeypatch.delenv("FAKE_TERM")
+    run(spec, out, fake, resume=True)
+    assert len(ledger.results(out)) == 6
+
+
 def test_bad_input_found_by_a_run_is_bad_input(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
     monkeypatch.setenv("FAKE_BAD", "late-s16-s0-trunk")
     with pytest.raises(InputError, match="12 of 20 samples are bad"):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isofusion.errors import InputError
-from isofusion.study.progress import duration, make_progress, si
+from isofusion.study.progress import duration, make_progress, si, size
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
@@ -92,7 +92,7 @@ def _print_estimate(spec: Any, found: Any) -> None:
     for row in found.rows:
         table.add_row(
             *(row["run"], si(row["n"]), si(row["tokens"]), f"{row['steps']:,}", f"{row['flops']:.2e}"),
-            *(f"{row['flops_6nd']:.2e}", duration(row["seconds"]), f"{si(row['memory'])}B"),
+            *(f"{row['flops_6nd']:.2e}", duration(row["seconds"]), size(row["memory"])),
             style="dim" if row["kind"] == "trunk" else None,
         )
     console.print(table)
@@ -108,7 +108,7 @@ def _print_estimate(spec: Any, found: Any) -> None:
         f"{100 * totals['row_fill']:.1f} % full",
         f"time: about {duration(totals['seconds'])} with {totals['jobs']} jobs x {totals['threads']} threads "
         f"({totals['seconds_basis']})",
-        f"memory: up to {si(totals['memory'])}B; disk: up to {si(totals['disk'])}B",
+        f"memory: up to {size(totals['memory'])}; disk: up to {size(totals['disk'])}",
     ]
     for line in lines + [f"note: {note}" for note in found.notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

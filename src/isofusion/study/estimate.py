@@ -28,7 +28,7 @@ from isofusion.study.run import TRAIN, Pool, cores
 from isofusion.study.spec import StudySpec
 
 NOMINAL_IMAGE_SHARE = 0.544  # of the tokens of the paper's mixture (reference/paper.md)
-ASSUMED_FLOPS = 5e9  # per second and thread, a small model on a CPU core, without a probe
+ASSUMED_FLOPS = 2e10  # per second and thread, a small model on a CPU core, without a probe
 GPU_FLOPS = 0.4 * 989e12  # one H100 at 40 % of its dense bf16 peak
 GPU_STUDY = 1e18  # FLOPs of a study that no CPU will run: costed in H100 time
 SHAPE_ROWS = 64  # rows whose realised shape stands for the stream

@@ -45,6 +45,14 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
+def size(n_bytes: float) -> str:
+    """1234567 -> '1.23 MB'; decimal units."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= limit:
+            return f"{n_bytes / limit:.3g} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
 @dataclass
 class Job:
     """One running run as its events show it."""

@@ -125,6 +125,7 @@ class Slot:
     log: IO[bytes]
     run: str | None = None
     ready: bool = False
+    leaving: bool = False  # it was told to stop: it takes no other run and ends
     buffer: bytes = b""
 
     def send(self, request: dict[str, Any]) -> bool:
@@ -178,7 +179,7 @@ class Pool:
                 self._spawn()
             while self.slots and (any(slot.run for slot in self.slots) or (self.waiting and self.signum is None)):
                 self._assign()
-                if not any(slot.run for slot in self.slots) and all(slot.ready for slot in self.slots):
+                if not any(slot.run for slot in self.slots) and all(s.ready and not s.leaving for s in self.slots):
                     break  # what still waits is blocked by a failed trunk
                 for key, _ in self.selector.select(POLL):
                     self._read(key.data)
@@ -239,7 +240,7 @@ class Pool:
 
     def _assign(self) -> None:
         for slot in self.slots:
-            if self.signum is not None or slot.run is not None or not slot.ready:
+            if self.signum is not None or slot.run is not None or not slot.ready or slot.leaving:
                 continue
             name = self._next()
             if name is None:
@@ -265,6 +266,7 @@ class Pool:
             if event["event"] == "ready":
                 slot.ready, self.early_deaths = True, 0
             elif event["event"] == "finished":
+                slot.leaving = event["status"] == "interrupted"
                 self._finished(slot, event["status"], event.get("kind", ""), event.get("message", ""))
             else:
                 self.progress.event(event)

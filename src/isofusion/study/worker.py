@@ -48,6 +48,7 @@ class Worker:
 
     def _stop(self, signum: int, frame: Any) -> None:
         self.stopping = True
+        print(f"told to stop by signal {signum}", file=sys.stderr)
 
     def stop(self) -> bool:
         """True when the run should checkpoint and end: asked to, or the pool is gone."""
