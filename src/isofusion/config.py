@@ -91,7 +91,7 @@ class ModelConfig(Frozen):
         if self.n_experts and self.top_k > self.n_experts:
             raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
         if self.n_experts and self.routing == "modality-routed" and (self.n_experts != 2 or self.top_k != 1):
-            raise ValueError("modality-routed means one expert per modality: n_experts = 2, top_k = 1 (paper section 4.3)")
+            raise ValueError("modality-routed is one expert per modality: n_experts = 2, top_k = 1 (paper 4.3)")
         return self
 
 
@@ -122,7 +122,7 @@ class DataConfig(Frozen):
     row_len: PositiveInt = 1024
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 14
-    tokenizer: str = "world"  # "world" | "train:VOCAB" (byte-level BPE on the study's own text) | path of tokenizer.json
+    tokenizer: str = "world"  # "world" | "train:VOCAB" (byte-level BPE of the study's text) | path of a tokenizer.json
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     val_rows: PositiveInt = 64  # rows per domain of the fixed validation stream
     val_seed: int = 1
@@ -199,5 +199,5 @@ class RunConfig(Frozen):
         if (self.kind == "branch") != (self.parent is not None):
             raise ValueError("a branch has a parent, a trunk has none")
         if self.model.patch_size != self.data.patch_size:
-            raise ValueError(f"model.patch_size {self.model.patch_size} differs from data.patch_size {self.data.patch_size}")
+            raise ValueError(f"model.patch_size {self.model.patch_size} is not data.patch_size {self.data.patch_size}")
         return self

@@ -8,6 +8,7 @@ writes tests/golden/STUDY.txt for each studies/STUDY.toml; the difference is wha
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def run_line(run: RunConfig) -> str:
     return f"{run.name:<44} {steps} lr {run.train.lr:<8.4g} {run.digest()[:16]}"
 
 
-def describe(toml: Path) -> str:
+def describe(toml: Path, overrides: Iterable[str] = ()) -> str:
     """The golden text of one study."""
-    spec = StudySpec.from_toml(toml)
+    spec = StudySpec.from_toml(toml, overrides=overrides)
     runs = spec.runs()
     branches = sum(run.kind == "branch" for run in runs)
     lines = [f"{spec.name}: {len(runs) - branches} trunks, {branches} branches", "", "# analysis"]

@@ -72,7 +72,9 @@ def test_a_setting_of_the_allocator_by_the_user_wins(toml: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("failing", [True, False])
-def test_a_full_disk_under_the_index_hides_no_reason(toml: Path, tmp_path: Path, fake: str, monkeypatch, failing) -> None:
+def test_a_full_disk_under_the_index_hides_no_reason(
+    toml: Path, tmp_path: Path, fake: str, monkeypatch, failing
+) -> None:
     def full(self: ledger.Ledger, path: Path) -> None:
         path.touch()
         raise sqlite3.OperationalError("database or disk is full")
@@ -82,7 +84,7 @@ def test_a_full_disk_under_the_index_hides_no_reason(toml: Path, tmp_path: Path,
         monkeypatch.setenv("FAKE_FAIL", "early-s16-s0-trunk")
     with monkeypatch.context() as patch:
         patch.setattr(ledger.Ledger, "_connect", full)
-        reason = "loss is not finite" if failing else "disk is full.*run folders are untouched"
+        reason = "loss is not finite" if failing else r"disk is full.*run folders are untouched"
         with pytest.raises(RunFailure, match=reason):
             run(spec, out, fake)
     assert not list(out.glob("*.tmp"))

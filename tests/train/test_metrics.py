@@ -67,6 +67,6 @@ def test_full_disk_says_so(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_is_one_clear_message_also_when_the_file_is_closed() -> None:
     log = MetricsLog(Path("/dev/full"))
-    with pytest.raises(RunFailure, match="cannot write metrics.*free some space and resume"):
+    with pytest.raises(RunFailure, match=r"cannot write metrics.*free some space and resume"):
         log.append({"step": 1})
     log.close()

@@ -191,7 +191,7 @@ class Ledger:
                 self.rebuild()
 
     def rebuild(self) -> None:
-        """Write the index and results.csv anew from the run folders alone, atomically. Raises RunFailure (full disk)."""
+        """Write the index and results.csv anew from the run folders, atomically. Raises RunFailure (full disk)."""
         tmp = self.out / f"{INDEX}.{os.getpid()}.tmp"
         try:
             tmp.unlink(missing_ok=True)
