@@ -128,3 +128,11 @@ def test_bad_override(toml: Path) -> None:
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "studies").glob("*.toml")), ids=lambda p: p.stem)
 def test_ready_studies_are_valid(path: Path) -> None:
     assert len(StudySpec.from_toml(path).runs()) > 0
+
+
+def test_an_override_that_every_size_hides_is_refused(tmp_path: Path) -> None:
+    toml = Path(__file__).parents[2] / "studies" / "world-mini.toml"
+    with pytest.raises(InputError, match=r"--set train\.lr=0\.01: every size of every arm sets its own lr"):
+        StudySpec.from_toml(toml, overrides=["train.lr=0.01"])
+    spec = StudySpec.from_toml(toml, overrides=["arms.early.sizes.s16.lr=0.01"])
+    assert next(run for run in spec.runs() if run.arm == "early" and run.size == "s16").train.lr == 0.01

@@ -197,7 +197,7 @@ def status_command(
         folder = out / "runs" / run.name
         step, loss = progress_of(folder)
         state = state_of(folder)
-        row: dict[str, Any] = {"run": run.name, "state": state, "step": step or run.start_step}
+        row: dict[str, Any] = {"run": run.name, "state": state, "step": step}
         row |= {"end_step": run.end_step, "loss": loss}
         if state == "failed":
             row["message"] = json.loads((folder / "failure.json").read_text())["message"]
@@ -215,7 +215,8 @@ def status_command(
     styles = {"done": "green", "failed": "bold red", "unfinished": "yellow", "waiting": "dim"}
     for row in rows:
         shown = f"{row['loss']:.4f}" if row["loss"] is not None else ""
-        table.add_row(row["run"], row["state"], f"{row['step']}/{row['end_step']}", shown, style=styles[row["state"]])
+        steps = "" if row["state"] == "waiting" else f"{row['step']}/{row['end_step']}"
+        table.add_row(row["run"], row["state"], steps, shown, style=styles[row["state"]])
     console = Console()
     console.print(table)
     for row in rows:

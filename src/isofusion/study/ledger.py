@@ -249,6 +249,8 @@ def results(out: Path, *, all_runs: bool = False) -> list[dict[str, Any]]:
     """
     out = Path(out)
     if not (out / "runs").is_dir():
+        if (out / "study.lock").exists():
+            raise InputError(f"{out}: the study is locked and none of its runs has started; `isofusion study run` it")
         raise InputError(f"{out}: no runs here; a study folder holds runs/, study.lock and results.csv")
     ledger = Ledger(out)
     ledger.rebuild()
