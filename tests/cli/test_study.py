@@ -94,6 +94,17 @@ def test_data_that_cannot_be_read_leaves_no_lock_behind(toml: Path, tmp_path: Pa
     assert capsys.readouterr().err.startswith("error: cannot read the tokenizer own.json")
     assert not Path("runs").exists()
 
+    # a few bad samples do not stop a study, but they are said before it starts
+    toml.write_text(toml.read_text().replace("own.json", "train:300"))
+    Path("data/a.jsonl").write_text('{"text": "words"}\n' * 40 + '{"text": 3}\n')
+    monkeypatch.setattr("isofusion.study.run.run_study", lambda *_, **__: None)
+    monkeypatch.setattr("isofusion.cli.study.report_command", lambda out: None)
+    source_with_val = source.replace("train =", 'val = ["*.jsonl"], train =')
+    toml.write_text(toml.read_text().replace(source, source_with_val))
+    assert call("study", "run", toml, "--data", "data", "--jobs", 1) == 0
+    assert "note: source t (train): left out: wrong type 1; first: a.jsonl: 41: wrong type" in capsys.readouterr().err
+    assert Path("runs/small/study.lock").exists()
+
 
 def test_run_ends_with_the_path_of_the_report(toml: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen = {}

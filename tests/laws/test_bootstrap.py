@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.laws.bootstrap import _counts, bootstrap, estimate_noise, refit
+from isofusion.laws.bootstrap import Noise, _counts, bootstrap, estimate_noise, refit
 from isofusion.laws.fit import fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.table import Runs
@@ -72,7 +72,7 @@ def test_default_intervals_cover_and_row_intervals_do_not(simulate: Callable[...
         fit = fit_law(simulate(rng, seeds=(2,) * 6), grid=4)
         for method in hits:
             low, high = bootstrap(fit, 100, method=method, seed=k).interval("alpha")  # type: ignore[arg-type]
-            hits[method] += low <= truth.alpha <= high
+            hits[method] += int(low <= truth.alpha <= high)
     assert hits["hierarchical"] >= 0.85 * studies
     assert hits["row"] < hits["hierarchical"]
 
@@ -102,3 +102,23 @@ def test_predictive_interval_is_wider_than_the_fits(simulate: Callable[..., Runs
     low, high = intervals.predictive(n, d)
     inner_low, inner_high = intervals.of(lambda p: p.predict(n, d))
     assert low[0] < inner_low[0] < inner_high[0] < high[0]
+
+
+def test_degrees_of_freedom_are_counted(simulate: Callable[..., Runs]) -> None:
+    rng = np.random.default_rng(0)
+
+    def noise(**settings: object) -> Noise:
+        return estimate_noise(fit_law(simulate(rng, **settings), grid=4))
+
+    three = noise(sizes=3, seeds=(1,) * 3)
+    assert (three.freedom, three.trunk) == (0, 0.0)
+    assert "too narrow" in three.source
+    assert noise(sizes=3, seeds=(2, 1, 1)).freedom == 1
+    assert noise().freedom == 3
+    assert noise().branch_freedom == 30 - 6 - 5 + 1  # trunks and parameters, which share the overall level
+
+
+def test_no_prediction_interval_without_residual_freedom(simulate: Callable[..., Runs]) -> None:
+    fit = fit_law(simulate(np.random.default_rng(0), sizes=3, seeds=(1,) * 3), grid=4)
+    with pytest.raises(InputError, match="interval not available: no residual freedom"):
+        bootstrap(fit, 20).predictive(np.array([4e9]), np.array([1e10]))

@@ -125,3 +125,15 @@ def test_result_is_plain_json(simulate: Callable[..., Runs]) -> None:
     runs = simulate(np.random.default_rng(0))
     for options in ({}, {"n_term": False}, {"fixed_e": 1.8}):
         json.dumps(fit_law(runs, grid=6, **options).to_dict(), allow_nan=False)
+
+
+def test_too_few_sizes_says_whether_a_hold_out_can_test_them(simulate: Callable[..., Runs]) -> None:
+    def warned(sizes: int, fixed_e: float | None = None) -> str:
+        runs = simulate(np.random.default_rng(0), sizes=sizes, seeds=(1,) * sizes)
+        found = {w.code: w.message for w in fit_law(runs, grid=4, fixed_e=fixed_e).warnings}
+        return found.get("too-few-sizes", "")
+
+    assert "no hold-out can test it" in warned(3)
+    assert "a hold-out then predicts from 2" in warned(3, fixed_e=1.904)
+    assert "a hold-out then predicts from 3, a weak test" in warned(4)
+    assert not warned(5)

@@ -1,4 +1,4 @@
-"""`isofusion fit FILE.csv`: the law, how sure, what it says at a budget, how well it predicts held-out runs."""
+"""`isofusion fit FILE.csv`, or a study's folder: the law, how sure, what it says at a budget, how well it predicts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import typer
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="CSV with one row per finished run: parameters, tokens, loss.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="CSV with one row per finished run (parameters, tokens, loss), or a study's folder."),
+    ],
+    arm: Annotated[str | None, typer.Option("--arm", help="Arm of a study to fit; needed if it has several.")] = None,
+    domain: Annotated[
+        str | None, typer.Option("--domain", help="Of a study: caption, interleaved, text or mean (default).")
+    ] = None,
+    compute_axis: Annotated[
+        str | None, typer.Option("--compute-axis", help="Of a study: FLOPs counted 'exact' (default) or as '6nd'.")
+    ] = None,
     n: Annotated[str | None, typer.Option("--n", help="Column with parameters (units like 1.3B are read).")] = None,
     d: Annotated[str | None, typer.Option("--d", help="Column with training tokens.")] = None,
     loss: Annotated[str | None, typer.Option("--loss", help="Column with the final loss, nats per token.")] = None,
@@ -27,14 +37,60 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Fit L = E + A/N^alpha + B/D^beta to a table of runs."""
-    from isofusion.laws.table import Runs
-
-    runs = Runs.from_csv(file, n=n, d=d, loss=loss, c=flops, group=group, size=size, seed=seed)
-    result = analyse(runs, compute or [], draws=draws, delta=delta, fixed_e=fixed_e)
+    columns = {"n": n, "d": d, "loss": loss, "c": flops, "group": group, "size": size, "seed": seed}
+    runs, note = read(file, arm, domain, compute_axis, columns)
+    result: dict[str, Any] = {"input": {"file": str(file), "note": note}}
+    result |= analyse(runs, compute or [], draws=draws, delta=delta, fixed_e=fixed_e)
     if as_json:
         typer.echo(json.dumps(result, indent=2, allow_nan=False))
     else:
         _print(result)
+
+
+def read(
+    file: Path, arm: str | None, domain: str | None, compute_axis: str | None, columns: dict[str, str | None]
+) -> tuple[Any, str | None]:
+    """(Runs, what was chosen for the reader or None) from a study folder, its results.csv, or any table of losses."""
+    from isofusion.errors import InputError
+    from isofusion.laws.table import DOMAINS, Runs, ledger_rows
+
+    if file.is_dir():
+        folder, file = file, file / "results.csv"
+        if not file.is_file():
+            raise InputError(f"{folder}: no results.csv; give a study folder with finished runs, or a CSV")
+    rows = ledger_rows(file)
+    asked = [
+        flag
+        for flag, value in (("--arm", arm), ("--domain", domain), ("--compute-axis", compute_axis))
+        if value is not None
+    ]
+    named = any(columns.values())
+    if rows is None or (named and not asked):
+        if rows is None and asked:
+            raise InputError(
+                f"{file}: {', '.join(asked)} choose from a study's results.csv (columns arm, run, parent, n, tokens, "
+                "flops, loss_caption, ...), and this is another table; name its columns with --n, --d, --loss"
+            )
+        arms = sorted({row["arm"] for row in rows or []})
+        if len(arms) > 1:
+            raise InputError(
+                f"{file}: the rows of {len(arms)} arms ({', '.join(arms)}) are no one law; "
+                "choose with --arm and --domain instead of naming columns"
+            )
+        return Runs.from_csv(file, **columns), None
+    if named:
+        raise InputError(f"{file}: {', '.join(asked)} fix the columns already; drop --n, --d, --loss and the like")
+    if domain is not None and domain not in DOMAINS:
+        raise InputError(f"--domain {domain}: choose {', '.join(DOMAINS)}")
+    if compute_axis not in (None, "exact", "6nd"):
+        raise InputError(f"--compute-axis {compute_axis}: choose exact or 6nd")
+    arms = sorted({row["arm"] for row in rows})
+    if arm is None and len(arms) > 1:
+        raise InputError(f"{file}: {len(arms)} arms; choose one with --arm: {', '.join(arms)}")
+    if arm is None and arms:
+        arm = arms[0]
+    note = None if domain else "no --domain given: fitted to the mean loss over domains (loss_mean)"
+    return Runs.from_results(rows, arm, domain or "mean", compute_axis or "exact"), note
 
 
 def analyse(runs: Any, compute: list[float], *, draws: int, delta: float, fixed_e: float | None) -> dict[str, Any]:
@@ -109,6 +165,8 @@ def _print(result: dict[str, Any]) -> None:
         f"[bold]{law['label']}[/]: {law['runs']} runs, {law['sizes']} sizes, {law['budgets']} token budgets; "
         f"C is {law['compute']}"
     )
+    if result["input"]["note"]:
+        console.print(result["input"]["note"])
     table = Table(title=f"L = {law['law']}", title_justify="left")
     table.add_column("parameter")
     table.add_column("value", justify="right")
@@ -162,6 +220,8 @@ def _print(result: dict[str, Any]) -> None:
         span = f"{row['low']:.4f} to {row['high']:.4f}" if row["low"] is not None else ""
         table.add_row(f"{row['n']:.4g}", f"{row['d']:.4g}", f"{row['observed']:.4f}", f"{row['predicted']:.4f}", span)
     console.print(table)
+    if held["no_interval"]:
+        console.print(held["no_interval"])
     parts = [
         f"{name.replace('_', ' ')} {100 * value:.2f} %"
         for name, value in held["baselines_reducible"].items()

@@ -153,7 +153,9 @@ def run_command(
     if not (out / "runs").exists():
         refuse_what_does_not_fit(spec, out, jobs)
     if not (out / LOCK).exists():
-        prepare(spec)  # data that cannot be read must not leave a lock behind that then refuses the mended study
+        # before the lock: data that cannot be read must not leave one behind that then refuses the mended study
+        for note in prepare(spec):
+            print(f"note: {note}", file=sys.stderr)
     write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
     console = Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
     command = shlex.join(["isofusion", "study", "run", str(toml), "--out", str(out), "--resume"])

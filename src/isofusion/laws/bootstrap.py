@@ -3,9 +3,11 @@
 Default: hierarchical parametric bootstrap (DESIGN.md section 6). Branches of one trunk share its luck, so a simulated
 study is  log L* = log L_fit + u_trunk + e_branch,  refitted. The variances of u and e come from repeated seeds where
 there are any (one-way analysis of variance inside each size, pooled) and never below what the residuals of the fit
-show (moment estimate with the fitted parameters projected out; Henderson's method 3). Each draw also draws the noise
-level itself, because it is known from few runs only. Row and trunk (cluster) resampling are options; rows of one
-trunk are not independent, so row intervals are too narrow.
+show (moment estimate with the fitted parameters projected out; Henderson's method 3). Each draw also draws the two
+variances, because they are known from few runs only: the mean squares over chi-squares with their own degrees of
+freedom (generalised pivots, Weerahandi 1993). The luck of trunks has as many as there are trunks beyond the parameters
+that take up their level (E, A, alpha): with three trunks none, and then nothing here knows it. Row and trunk (cluster)
+resampling are options; rows of one trunk are not independent, so row intervals are too narrow.
 Legend: S draws, m runs, q trunks.
 """
 
@@ -24,6 +26,7 @@ from isofusion.laws.objective import Problem, jacobian
 from isofusion.laws.table import Array, Runs, clusters
 
 Method = Literal["hierarchical", "row", "trunk"]
+LEAST = 3  # least degrees of freedom of a drawn variance: below, it has no mean, and refits of such draws say nothing
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Noise:
 
     trunk: float  # standard deviation of u
     branch: float  # standard deviation of e
-    freedom: float  # degrees of freedom behind the total
+    freedom: int  # degrees of freedom behind `trunk`; 0: the runs cannot tell it. Without trunks: behind `branch`
+    branch_freedom: int
+    per_trunk: float  # runs of a trunk that its mean square counts; 0 without trunks
     seed: float | None  # spread of equal runs with another seed; None without repeated seeds
     seed_freedom: int
     source: str
@@ -40,6 +45,11 @@ class Noise:
     @property
     def total(self) -> float:
         return float(np.hypot(self.trunk, self.branch))
+
+    @property
+    def unknown(self) -> str | None:
+        """Why the luck of trunks is unknown, or None."""
+        return None if self.freedom else "no residual freedom left to estimate the luck of trunks"
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "total": self.total}
@@ -108,11 +118,12 @@ def estimate_noise(fit: LawFit) -> Noise:
     trunks = np.unique(runs.group)
     z = (runs.group[:, None] == trunks[None, :]).astype(np.float64)
     z = z[:, z.sum(axis=0) > 0]
-    free = float(max(1, len(runs) - jac.shape[1]))
+    free = max(1, len(runs) - jac.shape[1])
     total = float(r @ r)
     grouped = len(trunks) < len(runs)
-    trunk_var = 0.0
-    branch_var = total / free
+    trunk_var, branch_var = 0.0, total / free
+    freedom = branch_freedom = free
+    per_trunk = 0.0
     source = "residuals (each run is its own trunk)"
     if grouped:
         # Residuals inside trunks, parameters projected out, see e alone; the rest of the sum of squares sees u too.
@@ -123,21 +134,39 @@ def estimate_noise(fit: LawFit) -> Noise:
         free_within = len(runs) - int(rank)
         within_ss = float(np.sum((r - both @ (both.T @ r)) ** 2))
         weight_u = float(np.trace(z.T @ m @ z))
-        if free_within > 0 and weight_u > 1e-9:
-            branch_var = within_ss / free_within
-            trunk_var = max(0.0, (total - branch_var * free) / weight_u)
-            if trunk_var == 0.0:
-                branch_var = total / free
+        freedom = max(0, len(trunks) - int(fit.form.free[:3].sum()))
+        per_trunk = len(runs) / len(trunks)
         source = "variance components of the residuals (no seed is repeated)"
+        if free_within > 0:
+            branch_var, branch_freedom = within_ss / free_within, free_within
+            if freedom and weight_u > 1e-9:
+                per_trunk = weight_u / freedom
+                trunk_var = max(0.0, (total - branch_var * free) / weight_u)
+                if trunk_var == 0.0:
+                    branch_var = total / free
+        if not freedom:
+            source = (
+                f"residuals inside trunks; {len(trunks)} trunks leave no residual freedom to estimate their luck, "
+                "which is left out: too narrow"
+            )
     seeds = seed_variances(runs, np.log(runs.loss) - np.log(fit.predict(runs.n, runs.d)))
     seed_spread, seed_free = None, 0
     if seeds is not None:
         seed_trunk, seed_within, seed_free, _ = seeds
         seed_spread = float(np.sqrt(seed_trunk + seed_within))
         trunk_var, branch_var = max(trunk_var, seed_trunk), max(branch_var, seed_within)
+        freedom = max(freedom, seed_free)
         source = f"repeated seeds ({seed_free} degrees of freedom), never below the residuals of the fit"
-    freedom = float(max(1, len(trunks) - 2)) if grouped else free
-    return Noise(float(np.sqrt(trunk_var)), float(np.sqrt(branch_var)), freedom, seed_spread, seed_free, source)
+    return Noise(
+        float(np.sqrt(trunk_var)),
+        float(np.sqrt(branch_var)),
+        freedom,
+        branch_freedom,
+        per_trunk,
+        seed_spread,
+        seed_free,
+        source,
+    )
 
 
 @dataclass(frozen=True)
@@ -153,6 +182,7 @@ class Intervals:
     bound: np.ndarray  # bool[S]: an exponent at a bound, or a term gone
     note: str
     seed: int
+    least: int = LEAST
 
     @property
     def share_at_bound(self) -> float:
@@ -179,11 +209,16 @@ class Intervals:
         return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)
 
     def predictive(self, n: Array, d: Array, group: np.ndarray | None = None) -> tuple[Array, Array]:
-        """Interval for the loss a new run at (n, d) would show: fit uncertainty plus trunk and branch noise."""
+        """Interval for the loss a new run at (n, d) would show: fit uncertainty plus trunk and branch noise.
+
+        Raises InputError where the runs cannot tell how lucky a trunk is (`Noise.unknown`).
+        """
+        if self.noise.unknown:
+            raise InputError(f"interval not available: {self.noise.unknown}")
         rng = np.random.Generator(np.random.Philox(key=self.seed + 1))
         log_loss = np.log(self.draws.predict(n, d))
         log_loss = log_loss + _simulate(
-            rng, self.noise, np.arange(len(n)).astype(str) if group is None else group, len(self.draws)
+            rng, self.noise, np.arange(len(n)).astype(str) if group is None else group, len(self.draws), self.least
         )
         tail = (1.0 - self.level) / 2.0
         low, high = np.exp(np.quantile(log_loss, [tail, 1.0 - tail], axis=0))
@@ -202,15 +237,18 @@ class Intervals:
         }
 
 
-def _simulate(rng: np.random.Generator, noise: Noise, group: np.ndarray, draws: int) -> Array:
-    """Noise of log loss for runs with these trunk labels, [S, m]; its level is drawn too (inverse chi-square)."""
+def _simulate(rng: np.random.Generator, noise: Noise, group: np.ndarray, draws: int, least: int = LEAST) -> Array:
+    """Noise of log loss for runs with these trunk labels, [S, m]; its variances are drawn too (inverse chi-square)."""
     trunks, member = np.unique(group, return_inverse=True)
-    # below 3 degrees of freedom the inverse chi-square has no mean; its tail would say nothing about these runs
-    freedom = max(noise.freedom, 3.0)
-    level = np.sqrt(freedom / rng.chisquare(freedom, size=(draws, 1)))
-    u = rng.standard_normal((draws, len(trunks))) * noise.trunk
-    e = rng.standard_normal((draws, len(group))) * noise.branch
-    return level * (u[:, member] + e)
+    branch_freedom = max(noise.branch_freedom, least)
+    branch = noise.branch**2 * branch_freedom / rng.chisquare(branch_freedom, size=(draws, 1))
+    trunk = np.zeros((draws, 1))
+    if noise.per_trunk and noise.freedom:
+        freedom = max(noise.freedom, least)
+        square = noise.branch**2 + noise.per_trunk * noise.trunk**2
+        trunk = np.maximum(0.0, square * freedom / rng.chisquare(freedom, size=(draws, 1)) - branch) / noise.per_trunk
+    u = rng.standard_normal((draws, len(trunks))) * np.sqrt(trunk)
+    return u[:, member] + rng.standard_normal((draws, len(group))) * np.sqrt(branch)
 
 
 def refit(fit: LawFit, log_loss: Array | None = None, weights: Array | None = None) -> tuple[Params, Array, np.ndarray]:
@@ -245,12 +283,19 @@ def refit(fit: LawFit, log_loss: Array | None = None, weights: Array | None = No
 
 
 def bootstrap(
-    fit: LawFit, draws: int = 1000, *, method: Method = "hierarchical", level: float = 0.95, seed: int = 0
+    fit: LawFit,
+    draws: int = 1000,
+    *,
+    method: Method = "hierarchical",
+    level: float = 0.95,
+    seed: int = 0,
+    least: int = LEAST,
 ) -> Intervals:
     """Draw `draws` simulated or resampled studies and refit each.
 
     method: "hierarchical" (default), "row" (resample runs; the literature's, ignores trunks) or "trunk" (resample
-    trunks; needs many). Raises InputError for fewer than 20 draws, a level outside (0, 1) or too few trunks.
+    trunks; needs many). least: a drawn variance has at least so many degrees of freedom; 1 for honest predictions from
+    few trunks. Raises InputError for fewer than 20 draws, a level outside (0, 1) or too few trunks.
     """
     if draws < 20:
         raise InputError(f"{draws} bootstrap draws say nothing about a tail; use 200 or more")
@@ -260,7 +305,7 @@ def bootstrap(
     runs, noise = fit.runs, estimate_noise(fit)
     if method == "hierarchical":
         centre = np.log(fit.predict(runs.n, runs.d))
-        params, objective, bound = refit(fit, log_loss=centre + _simulate(rng, noise, runs.group, draws))
+        params, objective, bound = refit(fit, log_loss=centre + _simulate(rng, noise, runs.group, draws, least))
         note = f"simulated studies; noise from {noise.source}"
     elif method == "row":
         picks = rng.integers(0, len(runs), size=(draws, len(runs)))
@@ -279,7 +324,7 @@ def bootstrap(
         note = f"{len(trunks)} trunks resampled"
     else:
         raise InputError(f"bootstrap method {method!r}: choose hierarchical, row or trunk")
-    return Intervals(fit, params, noise, method, level, objective, bound, note, seed)
+    return Intervals(fit, params, noise, method, level, objective, bound, note, seed, least)
 
 
 def _counts(picks: np.ndarray, size: int) -> Array:

@@ -142,17 +142,22 @@ class LawFit:
         }
 
 
+def fewest(form: Form) -> int:
+    """Model sizes (token budgets) that an N term (D term) takes at least."""
+    return 2 if form.fixed_e is not None else 3
+
+
 def check_identified(runs: Runs, form: Form) -> None:
     """Raise InputError where these runs cannot determine the law's parameters, saying which runs would fix it."""
     what = runs.label or "runs"
-    needed = 2 if form.fixed_e is not None else 3
+    needed = fewest(form)
     for wanted, name, values in ((form.n_term, "model size", runs.n), (form.d_term, "token budget", runs.d)):
         have = distinct(values)
         if wanted and have < needed:
             raise InputError(
                 f"{what}: {have} {name}{'s' * (have != 1)} ({values.min():.3g} to {values.max():.3g}) cannot "
                 f"determine the {'N' if name == 'model size' else 'D'} term of {form.formula}; "
-                f"add runs at {needed - have} or more other {name}s, or drop that term"
+                f"add runs at {needed - have} or more other {name}s"
             )
     free = int(form.free.sum())
     if len(runs) < free + 1:
@@ -379,9 +384,15 @@ def _warnings(fit: LawFit, converged: bool, gauss: Array, seen: np.ndarray) -> t
         if edge is not None:
             say("exponent-at-bound", f"{name} sits at its bound {edge:g}; the law does not describe these runs")
         if not there:
-            say("term-vanished", f"the term of {name} is under 0.01 % of every loss; drop it or widen its range")
+            say("term-vanished", f"the term of {name} is under 0.01 % of every loss; widen its range")
     if form.n_term and runs.n_sizes < 5:
-        say("too-few-sizes", f"alpha rests on {runs.n_sizes} model sizes; 5 or more let a hold-out test it")
+        left = runs.n_sizes - 1
+        test = (
+            f"a hold-out then predicts from {left}, a weak test; train 5 or more"
+            if left >= fewest(form)
+            else "no hold-out can test it; train 5 or more"
+        )
+        say("too-few-sizes", f"alpha rests on {runs.n_sizes} model sizes; {test}")
     if form.d_term and runs.n_budgets < 4:
         say("too-few-budgets", f"beta rests on {runs.n_budgets} token budgets; add longer or shorter runs")
     if fit.condition > 1e12:

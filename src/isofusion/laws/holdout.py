@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.bootstrap import bootstrap
+from isofusion.laws.bootstrap import bootstrap, estimate_noise
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.frontier import envelope
 from isofusion.laws.table import Array, Runs, clusters
@@ -33,6 +33,7 @@ class HoldOut:
     baselines: dict[str, Array]
     floor: Array  # what is subtracted for reducible loss
     floor_is_oracle: bool
+    no_interval: str | None = None  # why low and high are None
 
     def error(self, predicted: Array, reducible: bool = True) -> float:
         """Mean absolute relative error, ignoring rows without a prediction; NaN if there are none."""
@@ -80,6 +81,7 @@ class HoldOut:
             "ratio_to_carry_over": _plain(fair / carry) if carry else None,
             "hit_rate": self.hit_rate,
             "level": None if self.low is None else 0.95,
+            "no_interval": self.no_interval,
             "table": self.table(),
         }
 
@@ -96,6 +98,7 @@ def hold_out(
 ) -> HoldOut:
     """Fit on the runs outside `held` (bool[m]) and predict those inside. `options` go to fit_law; draws=0: no interval.
 
+    Where the training runs cannot tell the luck of a trunk there is no interval either, and `no_interval` says so.
     Raises InputError if the training runs cannot identify the law.
     """
     held = np.asarray(held, dtype=bool)
@@ -109,8 +112,13 @@ def hold_out(
     except InputError as error:
         raise InputError(f"holding out {what}: {error}") from error
     low = high = None
+    reason = None if draws else "no bootstrap draws asked for"
     if draws:
-        low, high = bootstrap(fit, draws, seed=seed).predictive(test.n, test.d, test.group)
+        noise = estimate_noise(fit)
+        if noise.unknown:
+            reason = f"interval not available: {noise.unknown} (trained on {train.n_sizes} sizes)"
+        else:
+            low, high = bootstrap(fit, draws, seed=seed, least=1).predictive(test.n, test.d, test.group)
     truth = runs.oracle_value(oracle)
     floor = np.full(len(test), fit.E) if truth is None else truth[held]
     if (floor >= test.loss).any():
@@ -125,7 +133,7 @@ def hold_out(
         "power_law": power_law(train, test),
         "nearest": nearest(train, test),
     }
-    return HoldOut(what, test, fit, fit.predict(test.n, test.d), low, high, baselines, floor, truth is not None)
+    return HoldOut(what, test, fit, fit.predict(test.n, test.d), low, high, baselines, floor, truth is not None, reason)
 
 
 def largest_size(runs: Runs) -> np.ndarray:

@@ -30,6 +30,20 @@ ALIASES = {
     "loss": ("loss", "val_loss", "validation loss"),
     "c": ("c", "flops", "flop", "compute", "training flop"),
 }
+LEDGER = frozenset(("arm", "run", "parent", "n", "tokens", "flops"))  # and loss_<domain>: a study's results.csv
+DOMAINS = ("caption", "interleaved", "text", "mean")
+
+
+def ledger_rows(path: Path) -> list[dict[str, str]] | None:
+    """The rows of a study's results.csv without tuning and excluded runs, or None for any other CSV (or no file)."""
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as handle:
+        reader = csv.DictReader(handle)
+        header = {name for name in (reader.fieldnames or []) if name is not None}
+        if not (header >= LEDGER and any(name.startswith("loss_") for name in header)):
+            return None
+        return [row for row in reader if not row.get("variant") and row.get("excluded") in (None, "", "0")]
 
 
 def clusters(values: Array, same: float = SAME) -> npt.NDArray[np.int64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from isofusion.report.figures import NAMES
-from isofusion.report.tables import Analysis, arm_cell, folded, gap, losses, table
+from isofusion.report.tables import Analysis, arm_cell, esc, folded, gap, losses, table
 from isofusion.report.words import DASH, fixed, percent, power, si
 
 
@@ -73,7 +73,7 @@ def _holdout(a: Analysis) -> str:
                     percent(h["carry_error_reducible"]),
                     percent(h["power_law_error_reducible"]),
                     percent(h["error"], 2),
-                    percent(h["hit_rate"], 0),
+                    "not available" if h.get("no_interval") else percent(h["hit_rate"], 0),
                     {True: "yes", False: "NO", None: DASH}[h["beats_carry"]],
                     " / ".join(f"{v:.1f}×" if v else DASH for v in drop),
                 ]
@@ -102,10 +102,13 @@ def _holdout(a: Analysis) -> str:
         "beats carry-over",
         "without N / D term",
     ]
+    tests = [h for by_domain in a["holdout"].values() for h in by_domain.values()]
+    reasons = sorted({h["no_interval"] for h in tests if h.get("no_interval")})
+    why = "".join(f"<p>95 % range: {esc(reason)}.</p>" for reason in reasons)
     noise = _noise(a)
     detail = table(["arm", "domain", "D, tokens", "observed", "predicted"], runs, left=(1,))
     more = folded("Held-out runs one by one", detail)
-    return f"<h3>Hold-out</h3>{table(head, rows, left=(1, 2))}{more}{noise}"
+    return f"<h3>Hold-out</h3>{table(head, rows, left=(1, 2))}{why}{more}{noise}"
 
 
 def _noise(a: Analysis) -> str:

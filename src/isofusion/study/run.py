@@ -334,16 +334,25 @@ class Pool:
         self.slots = []
 
 
-def prepare(spec: StudySpec) -> None:
-    """Once, before the workers: torch is there, and the data can be read (index, tokenizer and caches are built)."""
+def prepare(spec: StudySpec) -> list[str]:
+    """Once, before the workers: torch is there, and the data can be read (index, tokenizer and caches are built).
+
+    Returns what a person should know of the data before it is used: bad samples that are left out.
+    """
     if importlib.util.find_spec("torch") is None:
         raise InputError("training needs torch: pip install 'isofusion[train]'")
     from isofusion.data.stream import Stream
 
     train = spec.arms[0].sizes[0].train
-    for seed in spec.seeds[:1]:
-        Stream(spec.data, seed, "train", train.rows_per_step).near_duplicates()
-        Stream(spec.data, seed, "val", train.rows_per_step)
+    streams = {split: Stream(spec.data, spec.seeds[0], split, train.rows_per_step) for split in ("train", "val")}
+    streams["train"].near_duplicates()
+    notes = []
+    for split, stream in streams.items():
+        for index in (source.index for source in stream.sources if hasattr(source, "index")):
+            if index.bad:
+                reasons = ", ".join(f"{reason} {count}" for reason, count in index.bad.items())
+                notes.append(f"source {index.name} ({split}): left out: {reasons}; first: {index.examples[0]}")
+    return notes
 
 
 def refuse_what_does_not_fit(spec: StudySpec, out: Path, jobs: int) -> None:
@@ -364,7 +373,7 @@ def run_study(
     make_progress: Callable[[dict[str, RunConfig], set[str]], Progress],
     command: str = "",
     train: str = TRAIN,
-    get_ready: Callable[[StudySpec], None] = prepare,
+    get_ready: Callable[[StudySpec], object] = prepare,
     before_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Train every run of `spec` that is not DONE under `<out>/runs`; the caller has locked the study.

@@ -114,10 +114,10 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         (folder / "latest.tmp").unlink(missing_ok=True)
         whole = next((f"step_{n}" for n in steps(folder)), "none yet")
-        need = sum(len(data) for data in files.values()) / 2**20
+        need = -(-sum(len(data) for data in files.values()) // 2**20)
         raise RunFailure(
             f"{final}: cannot write the checkpoint ({error.strerror or error}). The newest whole checkpoint ({whole}) "
-            f"is untouched; free at least {need:.0f} MiB and resume"
+            f"is untouched; free at least {need} MiB and resume"
         ) from error
     others = [n for n in steps(folder) if n not in keep]
     for old in others[KEEP_LAST:]:
