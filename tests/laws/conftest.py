@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from isofusion.laws.forms import Params
 from isofusion.laws.table import Runs
 
-FITDATA = Path(__file__).parents[2] / "../shared/fitdata"
+FITDATA = Path(os.environ.get("ISOFUSION_FITDATA", Path(__file__).parents[2] / "../shared/fitdata"))
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +53,14 @@ def simulate(truth: Params) -> Callable[..., Runs]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fitdata() -> Path:
+    """The folder of reference data with exact answers, which is not part of the project."""
+    if not FITDATA.is_dir():
+        pytest.skip("the reference data is not beside this checkout (shared/fitdata, or ISOFUSION_FITDATA)")
+    return FITDATA
 
 
 @pytest.fixture(scope="session")

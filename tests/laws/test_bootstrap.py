@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.laws.bootstrap import Noise, _counts, bootstrap, estimate_noise, refit
+from isofusion.laws.bootstrap import (
+    Noise,
+    Refusal,
+    _counts,
+    bootstrap,
+    bootstrap_many,
+    corrected_residuals,
+    estimate_noise,
+    refit,
+)
+from isofusion.laws.coverage import Design, studies
 from isofusion.laws.fit import fit_law
-from isofusion.laws.forms import Params
 from isofusion.laws.table import Runs
 
 
@@ -63,20 +72,6 @@ def test_noise_is_found_from_repeated_seeds_and_without(simulate: Callable[..., 
     assert "each run is its own trunk" in estimate_noise(loose).source
 
 
-def test_default_intervals_cover_and_row_intervals_do_not(simulate: Callable[..., Runs], truth: Params) -> None:
-    """A small smoke test of coverage; the row bootstrap ignores trunks and must do worse on alpha."""
-    rng = np.random.default_rng(5)
-    hits = {"hierarchical": 0, "row": 0}
-    studies = 30
-    for k in range(studies):
-        fit = fit_law(simulate(rng, seeds=(2,) * 6), grid=4)
-        for method in hits:
-            low, high = bootstrap(fit, 100, method=method, seed=k).interval("alpha")  # type: ignore[arg-type]
-            hits[method] += int(low <= truth.alpha <= high)
-    assert hits["hierarchical"] >= 0.85 * studies
-    assert hits["row"] < hits["hierarchical"]
-
-
 def test_trunk_method_needs_trunks(simulate: Callable[..., Runs]) -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(InputError, match="resampling 6 trunks"):
@@ -122,3 +117,50 @@ def test_no_prediction_interval_without_residual_freedom(simulate: Callable[...,
     fit = fit_law(simulate(np.random.default_rng(0), sizes=3, seeds=(1,) * 3), grid=4)
     with pytest.raises(InputError, match="interval not available: no residual freedom"):
         bootstrap(fit, 20).predictive(np.array([4e9]), np.array([1e10]))
+
+
+def test_corrected_residuals_have_the_variance_of_a_run() -> None:
+    """Residuals of a fit are too small by their leverage; over many studies the corrected ones are not."""
+    raw, corrected = [], []
+    for fit in studies(Design(6, 1, 3, trunk=0.0, branch=0.003), 60, seed=2):
+        pool = corrected_residuals(fit)
+        assert pool.mean() == pytest.approx(0.0, abs=1e-12)
+        raw.append(np.mean(fit.residuals**2))
+        corrected.append(np.mean(pool**2))
+    assert np.sqrt(np.mean(corrected)) == pytest.approx(0.003, rel=0.06)
+    assert np.sqrt(np.mean(raw)) < 0.0028
+
+
+def test_residual_bootstrap_keeps_the_design_and_ignores_trunks(simulate: Callable[..., Runs]) -> None:
+    fit = fit_law(simulate(np.random.default_rng(0), seeds=(2,) * 6, trunk=0.005, branch=0.001), grid=6)
+    plain, trunks = (bootstrap(fit, 200, method=m).interval("alpha") for m in ("residual", "hierarchical"))  # type: ignore[arg-type]
+    assert plain[0] < fit.alpha < plain[1]
+    assert plain[1] - plain[0] < 0.75 * (trunks[1] - trunks[0])
+
+
+def test_a_batch_of_studies_draws_what_each_alone_draws(simulate: Callable[..., Runs]) -> None:
+    rng = np.random.default_rng(0)
+    fits = [fit_law(simulate(rng), grid=6) for _ in range(3)]
+    for method in ("hierarchical", "row"):
+        together = bootstrap_many(fits, 40, method=method, seeds=[1, 2, 3])  # type: ignore[arg-type]
+        for fit, seed, found in zip(fits, (1, 2, 3), together, strict=True):
+            alone = bootstrap(fit, 40, method=method, seed=seed)  # type: ignore[arg-type]
+            assert found.note == alone.note
+            assert found.interval("beta") == pytest.approx(alone.interval("beta"), rel=1e-6)
+
+
+def test_no_interval_for_the_floor_where_noise_is_unknown(simulate: Callable[..., Runs]) -> None:
+    rng = np.random.default_rng(0)
+    few = bootstrap(fit_law(simulate(rng, sizes=4, seeds=(1,) * 4), grid=4), 40)
+    with pytest.raises(Refusal, match=r"no interval for E: .* 1 degrees of freedom \(4 trunks") as caught:
+        few.interval("E")
+    assert (caught.value.name, caught.value.reason) == ("E", few.refusal("E"))
+    plain = few.to_dict()
+    assert plain["intervals"]["E"] is None
+    assert plain["intervals"]["alpha"] == list(few.interval("alpha"))
+    assert "Add 1 or more trunks" in plain["refused"]["E"]
+    enough = bootstrap(fit_law(simulate(rng), grid=4), 40)
+    assert enough.refusal("E") is None
+    assert enough.to_dict()["refused"] == {}
+    pinned = bootstrap(fit_law(simulate(rng, sizes=4, seeds=(1,) * 4), fixed_e=1.9, grid=4), 40)
+    assert pinned.refusal("E") is None

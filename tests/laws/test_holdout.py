@@ -41,21 +41,21 @@ def test_the_law_beats_carrying_over_on_its_own_data(runs: Runs, truth: Params) 
 def test_prediction_intervals_hit_about_as_often_as_they_say(simulate: Callable[..., Runs]) -> None:
     rng = np.random.default_rng(3)
     studies = [simulate(rng, seeds=(2,) * 6) for _ in range(12)]
-    rates = [hold_out(s, largest_size(s), draws=100, grid=4, seed=k).hit_rate for k, s in enumerate(studies)]
+    rates = [hold_out(s, largest_size(s), draws=100, seed=k).hit_rate for k, s in enumerate(studies)]
     assert float(np.mean([r for r in rates if r is not None])) >= 0.85
 
 
 def test_three_sizes_predict_with_an_interval_only_where_a_seed_is_repeated(simulate: Callable[..., Runs]) -> None:
     rng = np.random.default_rng(11)
     alone = simulate(rng, sizes=4, budgets=4, seeds=(1,) * 4)
-    out = hold_out(alone, largest_size(alone), draws=20, grid=4).to_dict()
+    out = hold_out(alone, largest_size(alone), draws=20).to_dict()
     assert out["no_interval"] == (
         "interval not available: no residual freedom left to estimate the luck of trunks (trained on 3 sizes)"
     )
     assert out["hit_rate"] is None
     assert out["table"][0]["low"] is None
     studies = [simulate(rng, sizes=4, budgets=4, seeds=(2, 1, 1, 1)) for _ in range(12)]  # one degree of freedom
-    results = [hold_out(s, largest_size(s), draws=100, grid=4, seed=k) for k, s in enumerate(studies)]
+    results = [hold_out(s, largest_size(s), draws=100, seed=k) for k, s in enumerate(studies)]
     assert all(r.no_interval is None for r in results)
     assert float(np.mean([r.hit_rate or 0.0 for r in results])) >= 0.8
 

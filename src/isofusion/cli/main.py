@@ -19,6 +19,9 @@ VERBS = {
     "count": ("isofusion.cli.count", "command", "Parameters by role, FLOPs and memory of a model."),
     "study": ("isofusion.cli.study", "app", "Plan, lock, run and report a study."),
     "fit": ("isofusion.cli.fit", "command", "Fit scaling laws to a table of losses (needs no torch)."),
+    "plan": ("isofusion.cli.plan", "command", "What to train: N, D and loss for a budget, from a paper or your runs."),
+    "suggest": ("isofusion.cli.suggest", "command", "Which runs to train next, under a budget."),
+    "laws": ("isofusion.cli.laws", "command", "Published scaling laws: coefficients, sources, caveats."),
 }
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 

@@ -1,19 +1,16 @@
 """Intervals for a fitted law and for anything computed from it.
 
 Default: hierarchical parametric bootstrap (DESIGN.md section 6). Branches of one trunk share its luck, so a simulated
-study is  log L* = log L_fit + u_trunk + e_branch,  refitted. The variances of u and e come from repeated seeds where
-there are any (one-way analysis of variance inside each size, pooled) and never below what the residuals of the fit
-show (moment estimate with the fitted parameters projected out; Henderson's method 3). Each draw also draws the two
-variances, because they are known from few runs only: the mean squares over chi-squares with their own degrees of
-freedom (generalised pivots, Weerahandi 1993). The luck of trunks has as many as there are trunks beyond the parameters
-that take up their level (E, A, alpha): with three trunks none, and then nothing here knows it. Row and trunk (cluster)
-resampling are options; rows of one trunk are not independent, so row intervals are too narrow.
+study is  log L* = log L_fit + u_trunk + e_branch  with the spreads of noise.py, drawn too, and it is refitted with the
+objective of the fit. Options: resampled residuals (leverage-corrected), rows, or trunks (clusters); rows of one trunk
+are not independent, so row and residual intervals are too narrow where trunks have luck. What the options cost in
+coverage and width is measured by benchmarks/coverage.py.
 Legend: S draws, m runs, q trunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,151 +19,24 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.fit import LawFit, at_bound, continuation, follow
 from isofusion.laws.forms import Params
-from isofusion.laws.objective import Problem, jacobian
-from isofusion.laws.table import Array, Runs, clusters
+from isofusion.laws.noise import LEAST, Noise, estimate_noise, simulate_noise, tangent
+from isofusion.laws.objective import Problem
+from isofusion.laws.table import Array
 
-Method = Literal["hierarchical", "row", "trunk"]
-LEAST = 3  # least degrees of freedom of a drawn variance: below, it has no mean, and refits of such draws say nothing
+__all__ = ["LEAST", "Intervals", "Noise", "Refusal", "bootstrap", "bootstrap_many", "estimate_noise", "refit"]
 
-
-@dataclass(frozen=True)
-class Noise:
-    """Spread of log loss (relative loss): between trunks, between branches of a trunk, and where it comes from."""
-
-    trunk: float  # standard deviation of u
-    branch: float  # standard deviation of e
-    freedom: int  # degrees of freedom behind `trunk`; 0: the runs cannot tell it. Without trunks: behind `branch`
-    branch_freedom: int
-    per_trunk: float  # runs of a trunk that its mean square counts; 0 without trunks
-    seed: float | None  # spread of equal runs with another seed; None without repeated seeds
-    seed_freedom: int
-    source: str
-
-    @property
-    def total(self) -> float:
-        return float(np.hypot(self.trunk, self.branch))
-
-    @property
-    def unknown(self) -> str | None:
-        """Why the luck of trunks is unknown, or None."""
-        return None if self.freedom else "no residual freedom left to estimate the luck of trunks"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "total": self.total}
+Method = Literal["hierarchical", "residual", "row", "trunk"]
+# Least degrees of freedom behind an interval for E. Of 120 simulated studies each (benchmarks/coverage.py, "floor"):
+# 4 sizes x 1 seed (1 degree) covers E in 88 %, 5 x 1 (2) and 3 x 2 (3) in 93 %, 4 x 2 (5) in 96 %.
+FLOOR_FREEDOM = 2
 
 
-def seed_variances(runs: Runs, residuals: Array) -> tuple[float, float, int, int] | None:
-    """(between-trunk variance, within variance, df between, df within) of log loss from repeated seeds, or None.
+class Refusal(InputError):
+    """An interval that these runs cannot support; `reason` says why and which runs would support it."""
 
-    Inside each size the trunks are compared on the budgets they share; budget means are removed, so lack of fit does
-    not enter.
-    """
-    budget = clusters(runs.d)
-    if len(np.unique(runs.group)) == len(runs):
-        return _independent_seeds(runs, residuals)
-    ss_between = ss_within = 0.0
-    df_between = df_within = 0
-    weighted_k = 0.0
-    for size in np.unique(runs.size):
-        rows = np.flatnonzero(runs.size == size)
-        trunks = np.unique(runs.group[rows])
-        if len(trunks) < 2:
-            continue
-        shared = [
-            b for b in np.unique(budget[rows]) if len(np.unique(runs.group[rows[budget[rows] == b]])) == len(trunks)
-        ]
-        if not shared:
-            continue
-        table = np.array(
-            [[residuals[rows[(runs.group[rows] == t) & (budget[rows] == b)]].mean() for b in shared] for t in trunks]
-        )
-        table = table - table.mean(axis=0)
-        means = table.mean(axis=1)
-        k, s = len(shared), len(trunks)
-        ss_between += k * float(np.sum(means**2))
-        ss_within += float(np.sum((table - means[:, None]) ** 2))
-        df_between += s - 1
-        df_within += (s - 1) * (k - 1)
-        weighted_k += k * (s - 1)
-    if not df_between:
-        return None
-    within = ss_within / df_within if df_within else 0.0
-    between = ss_between / df_between
-    return max(0.0, (between - within) / (weighted_k / df_between)), within, df_between, df_within
-
-
-def _independent_seeds(runs: Runs, residuals: Array) -> tuple[float, float, int, int] | None:
-    """The same where every run is its own trunk: only the spread between seeds of equal runs, as within variance."""
-    budget = clusters(runs.d)
-    squares, freedom = 0.0, 0
-    for size, b in dict.fromkeys(zip(runs.size.tolist(), budget.tolist(), strict=True)):
-        rows = (runs.size == size) & (budget == b)
-        if len(np.unique(runs.seed[rows])) > 1:
-            squares += float(np.sum((residuals[rows] - residuals[rows].mean()) ** 2))
-            freedom += int(rows.sum()) - 1
-    return (0.0, squares / freedom, freedom, freedom) if freedom else None
-
-
-def estimate_noise(fit: LawFit) -> Noise:
-    """Trunk and branch spread for the parametric bootstrap (see the module docstring)."""
-    runs, r = fit.runs, fit.residuals
-    problem = Problem.of(runs, fit.form, fit.scale, fit.bounds)
-    jac = jacobian(fit.theta[None], problem)[0][fit.form.free].T
-    basis, _ = np.linalg.qr(jac)
-    m = np.eye(len(runs)) - basis @ basis.T  # residual maker
-    r = m @ r
-    trunks = np.unique(runs.group)
-    z = (runs.group[:, None] == trunks[None, :]).astype(np.float64)
-    z = z[:, z.sum(axis=0) > 0]
-    free = max(1, len(runs) - jac.shape[1])
-    total = float(r @ r)
-    grouped = len(trunks) < len(runs)
-    trunk_var, branch_var = 0.0, total / free
-    freedom = branch_freedom = free
-    per_trunk = 0.0
-    source = "residuals (each run is its own trunk)"
-    if grouped:
-        # Residuals inside trunks, parameters projected out, see e alone; the rest of the sum of squares sees u too.
-        both, rank = np.linalg.qr(np.column_stack([z, jac]))[0], np.linalg.matrix_rank(np.column_stack([z, jac]))
-        if rank < both.shape[1]:
-            u, _, _ = np.linalg.svd(np.column_stack([z, jac]), full_matrices=False)
-            both = u[:, :rank]
-        free_within = len(runs) - int(rank)
-        within_ss = float(np.sum((r - both @ (both.T @ r)) ** 2))
-        weight_u = float(np.trace(z.T @ m @ z))
-        freedom = max(0, len(trunks) - int(fit.form.free[:3].sum()))
-        per_trunk = len(runs) / len(trunks)
-        source = "variance components of the residuals (no seed is repeated)"
-        if free_within > 0:
-            branch_var, branch_freedom = within_ss / free_within, free_within
-            if freedom and weight_u > 1e-9:
-                per_trunk = weight_u / freedom
-                trunk_var = max(0.0, (total - branch_var * free) / weight_u)
-                if trunk_var == 0.0:
-                    branch_var = total / free
-        if not freedom:
-            source = (
-                f"residuals inside trunks; {len(trunks)} trunks leave no residual freedom to estimate their luck, "
-                "which is left out: too narrow"
-            )
-    seeds = seed_variances(runs, np.log(runs.loss) - np.log(fit.predict(runs.n, runs.d)))
-    seed_spread, seed_free = None, 0
-    if seeds is not None:
-        seed_trunk, seed_within, seed_free, _ = seeds
-        seed_spread = float(np.sqrt(seed_trunk + seed_within))
-        trunk_var, branch_var = max(trunk_var, seed_trunk), max(branch_var, seed_within)
-        freedom = max(freedom, seed_free)
-        source = f"repeated seeds ({seed_free} degrees of freedom), never below the residuals of the fit"
-    return Noise(
-        float(np.sqrt(trunk_var)),
-        float(np.sqrt(branch_var)),
-        freedom,
-        branch_freedom,
-        per_trunk,
-        seed_spread,
-        seed_free,
-        source,
-    )
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"no interval for {name}: {reason}")
+        self.name, self.reason = name, reason
 
 
 @dataclass(frozen=True)
@@ -193,8 +63,26 @@ class Intervals:
         """Share of draws whose irreducible loss went to zero (below 0.1 % of the lowest loss)."""
         return float(np.mean(1e-3 * self.fit.runs.loss.min() > self.draws.E)) if self.fit.form.fixed_e is None else 0.0
 
+    def refusal(self, name: str) -> str | None:
+        """Why there is no interval for this parameter, or None: E needs FLOOR_FREEDOM degrees of freedom.
+
+        Whether the runs see a floor is a matter of how noisy they are, and with fewer the noise is not known.
+        """
+        noise = self.noise
+        if name != "E" or self.fit.form.fixed_e is not None or noise.freedom >= FLOOR_FREEDOM:
+            return None
+        trunks = len(np.unique(self.fit.runs.group))
+        return (
+            f"the noise between trunks rests on {noise.freedom} degrees of freedom ({trunks} trunks, 3 of them fix the "
+            f"law's level); below {FLOOR_FREEDOM} intervals for the irreducible loss miss it far too often. Add "
+            f"{FLOOR_FREEDOM - noise.freedom} or more trunks: other model sizes, or second seeds"
+        )
+
     def interval(self, name: str) -> tuple[float, float]:
-        """Percentile interval of E, A, alpha, B or beta."""
+        """Percentile interval of E, A, alpha, B or beta. Raises Refusal where these runs cannot support one for E."""
+        reason = self.refusal(name)
+        if reason:
+            raise Refusal(name, reason)
         return self.of(lambda p: getattr(p, name))
 
     def of(self, quantity: Callable[[Params], Array]) -> Any:
@@ -217,7 +105,7 @@ class Intervals:
             raise InputError(f"interval not available: {self.noise.unknown}")
         rng = np.random.Generator(np.random.Philox(key=self.seed + 1))
         log_loss = np.log(self.draws.predict(n, d))
-        log_loss = log_loss + _simulate(
+        log_loss = log_loss + simulate_noise(
             rng, self.noise, np.arange(len(n)).astype(str) if group is None else group, len(self.draws), self.least
         )
         tail = (1.0 - self.level) / 2.0
@@ -233,26 +121,15 @@ class Intervals:
             "noise": self.noise.to_dict(),
             "share_at_bound": self.share_at_bound,
             "share_without_floor": self.share_without_floor,
-            "intervals": {name: list(self.interval(name)) for name in self.fit.names},
+            "intervals": {n: None if self.refusal(n) else list(self.interval(n)) for n in self.fit.names},
+            "refused": {n: reason for n in self.fit.names if (reason := self.refusal(n))},
         }
 
 
-def _simulate(rng: np.random.Generator, noise: Noise, group: np.ndarray, draws: int, least: int = LEAST) -> Array:
-    """Noise of log loss for runs with these trunk labels, [S, m]; its variances are drawn too (inverse chi-square)."""
-    trunks, member = np.unique(group, return_inverse=True)
-    branch_freedom = max(noise.branch_freedom, least)
-    branch = noise.branch**2 * branch_freedom / rng.chisquare(branch_freedom, size=(draws, 1))
-    trunk = np.zeros((draws, 1))
-    if noise.per_trunk and noise.freedom:
-        freedom = max(noise.freedom, least)
-        square = noise.branch**2 + noise.per_trunk * noise.trunk**2
-        trunk = np.maximum(0.0, square * freedom / rng.chisquare(freedom, size=(draws, 1)) - branch) / noise.per_trunk
-    u = rng.standard_normal((draws, len(trunks))) * np.sqrt(trunk)
-    return u[:, member] + rng.standard_normal((draws, len(group))) * np.sqrt(branch)
-
-
-def refit(fit: LawFit, log_loss: Array | None = None, weights: Array | None = None) -> tuple[Params, Array, np.ndarray]:
-    """Refit draws, warm-started at `fit`: log losses [S, m] and/or row weights [S, m].
+def refit(
+    fit: LawFit, log_loss: Array | None = None, weights: Array | None = None, start: Array | None = None
+) -> tuple[Params, Array, np.ndarray]:
+    """Refit draws, warm-started at `fit` or at start [S, 5]: log losses [S, m] and/or row weights [S, m].
 
     Returns parameters [S], objectives [S] and whether an exponent ended at a bound [S].
     """
@@ -267,7 +144,8 @@ def refit(fit: LawFit, log_loss: Array | None = None, weights: Array | None = No
         base.free,
     )
     draws = len(log_loss) if log_loss is not None else len(weights) if weights is not None else 1
-    start = np.repeat(fit.theta[None], draws, axis=0)
+    if start is None:
+        start = np.repeat(fit.theta[None], draws, axis=0)
     stages = [d for d in continuation(fit.delta) if d <= max(fit.delta, 1e-2) * 1.001]
     end = follow(start, problem, stages)
     params = fit.scale.to_params(end.theta)
@@ -293,38 +171,86 @@ def bootstrap(
 ) -> Intervals:
     """Draw `draws` simulated or resampled studies and refit each.
 
-    method: "hierarchical" (default), "row" (resample runs; the literature's, ignores trunks) or "trunk" (resample
-    trunks; needs many). least: a drawn variance has at least so many degrees of freedom; 1 for honest predictions from
+    method: "hierarchical" (default), "residual" (leverage-corrected residuals put back on the law at random; keeps the
+    design, ignores trunks), "row" (resample runs; the literature's, ignores trunks) or "trunk" (resample trunks; needs
+    many). least: a drawn variance has at least so many degrees of freedom; 1 for honest predictions from
     few trunks. Raises InputError for fewer than 20 draws, a level outside (0, 1) or too few trunks.
     """
+    return bootstrap_many([fit], draws, method=method, level=level, seeds=[seed], least=least)[0]
+
+
+def bootstrap_many(
+    fits: Sequence[LawFit],
+    draws: int,
+    *,
+    method: Method = "hierarchical",
+    level: float = 0.95,
+    seeds: Sequence[int],
+    least: int = LEAST,
+) -> list[Intervals]:
+    """`bootstrap` of several studies with the same runs and form but other losses (simulated), solved as one batch."""
     if draws < 20:
         raise InputError(f"{draws} bootstrap draws say nothing about a tail; use 200 or more")
     if not 0 < level < 1:
         raise InputError(f"level = {level}: give a coverage between 0 and 1, e.g. 0.95")
+    noises = [estimate_noise(fit) for fit in fits]
+    parts = [
+        _draw(fit, noise, method, draws, seed, least) for fit, noise, seed in zip(fits, noises, seeds, strict=True)
+    ]
+    log_loss = np.concatenate([part[0] for part in parts])
+    weights = None if parts[0][1] is None else np.concatenate([part[1] for part in parts if part[1] is not None])
+    start = np.repeat(np.stack([fit.theta for fit in fits]), draws, axis=0)
+    params, objective, bound = refit(fits[0], log_loss, weights, start)
+    out = []
+    for k, (fit, noise, part) in enumerate(zip(fits, noises, parts, strict=True)):
+        own = slice(k * draws, (k + 1) * draws)
+        drawn = Params(params.E[own], params.A[own], params.alpha[own], params.B[own], params.beta[own])
+        out.append(Intervals(fit, drawn, noise, method, level, objective[own], bound[own], part[2], seeds[k], least))
+    return out
+
+
+def _draw(
+    fit: LawFit, noise: Noise, method: Method, draws: int, seed: int, least: int
+) -> tuple[Array, Array | None, str]:
+    """(log losses [S, m], row weights [S, m] or None, what was done) of the studies to refit."""
     rng = np.random.Generator(np.random.Philox(key=seed))
-    runs, noise = fit.runs, estimate_noise(fit)
+    runs = fit.runs
+    centre = np.log(fit.predict(runs.n, runs.d))
     if method == "hierarchical":
-        centre = np.log(fit.predict(runs.n, runs.d))
-        params, objective, bound = refit(fit, log_loss=centre + _simulate(rng, noise, runs.group, draws, least))
-        note = f"simulated studies; noise from {noise.source}"
-    elif method == "row":
-        picks = rng.integers(0, len(runs), size=(draws, len(runs)))
-        params, objective, bound = refit(fit, weights=_counts(picks, len(runs)))
+        log_loss = centre + simulate_noise(rng, noise, runs.group, draws, least)
+        return log_loss, None, f"simulated studies; noise from {noise.source}"
+    if method == "residual":
+        log_loss = centre + corrected_residuals(fit)[rng.integers(0, len(runs), size=(draws, len(runs)))]
+        note = "residuals resampled (leverage-corrected); runs of one trunk are treated as independent"
+        return log_loss, None, note
+    observed = np.broadcast_to(np.log(runs.loss), (draws, len(runs)))
+    if method == "row":
+        counts = _counts(rng.integers(0, len(runs), size=(draws, len(runs))), len(runs))
         note = (
             "rows resampled; runs of one trunk are treated as independent, so intervals are too narrow if they are not"
         )
-    elif method == "trunk":
+        return observed, counts, note
+    if method == "trunk":
         trunks, member = np.unique(runs.group, return_inverse=True)
         if len(trunks) < 8:
             raise InputError(
                 f"resampling {len(trunks)} trunks leaves draws that identify nothing; use method 'hierarchical'"
             )
-        picks = rng.integers(0, len(trunks), size=(draws, len(trunks)))
-        params, objective, bound = refit(fit, weights=_counts(picks, len(trunks))[:, member])
-        note = f"{len(trunks)} trunks resampled"
-    else:
-        raise InputError(f"bootstrap method {method!r}: choose hierarchical, row or trunk")
-    return Intervals(fit, params, noise, method, level, objective, bound, note, seed, least)
+        counts = _counts(rng.integers(0, len(trunks), size=(draws, len(trunks))), len(trunks))[:, member]
+        return observed, counts, f"{len(trunks)} trunks resampled"
+    raise InputError(f"bootstrap method {method!r}: choose hierarchical, residual, row or trunk")
+
+
+def corrected_residuals(fit: LawFit) -> Array:
+    """Log residuals [m] with the law's tangent space projected out, each over sqrt(1 - leverage), centred.
+
+    The correction gives every residual the variance of a run (Davison and Hinkley 1997, section 6.3). A run that alone
+    decides a parameter (leverage 1) has no residual to give; it counts with leverage at most 1 - 1/m.
+    """
+    basis, r = tangent(fit)
+    left = np.maximum(1.0 - np.sum(basis**2, axis=1), 1.0 / len(r))
+    r = r / np.sqrt(left)
+    return r - r.mean()
 
 
 def _counts(picks: np.ndarray, size: int) -> Array:

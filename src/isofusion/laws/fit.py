@@ -1,9 +1,11 @@
 """Fit L(N, D) = E + A/N^alpha + B/D^beta: `fit_law(runs)` finds the optimum and says how it knows.
 
-Starts come from variable projection (for each exponent pair of a grid the non-negative E, A, B solve a 3x3 weighted
-least-squares problem), go through Huber continuation 0.1 -> 0.01 -> delta with the exact Newton solver of
-`objective`, and the lowest end wins. Method and measurements: reference to Hoffmann et al. 2203.15556 App. D.2 and
-arXiv 2504.07951 App. C for the objective. What the runs cannot identify is refused with the runs that would fix it.
+Starts come from variable projection (start.py): every exponent pair of a grid, followed to its minimum with E, A, B
+solved for. Starts that met there go on as one through a fine Huber continuation with the exact Newton solver of
+`objective` (in steps of a quarter: in steps of ten the path jumps between the Huber objective's own small basins), and
+the lowest end wins. Objective: Hoffmann et al. 2203.15556 App. D.2 and arXiv 2504.07951 App. C; `starts="paper"` runs
+that paper's own grid with L-BFGS. What the runs cannot identify is refused with the runs that would fix it. Other laws
+and objectives: `fit_form` (formfit.py).
 Legend: S starts, m runs.
 """
 
@@ -15,37 +17,42 @@ from typing import Any, Literal
 import numpy as np
 
 from isofusion.errors import InputError
+from isofusion.laws.formfit import FormFit, fit_form
 from isofusion.laws.forms import NAMES, Form, Params, Scale
 from isofusion.laws.objective import Problem, Solution, jacobian, minimise, value
+from isofusion.laws.paperstart import paper_starts
+from isofusion.laws.restart import joined, restart
+from isofusion.laws.start import GRID, Projector, descend, exponent_grid, merge, pin, projection_starts
 from isofusion.laws.table import Array, Runs, distinct
+from isofusion.laws.warn import FitWarning, WarningCode
+
+__all__ = [
+    "BOUNDS",
+    "DELTA",
+    "GRID",
+    "FitWarning",
+    "FormFit",
+    "LawFit",
+    "WarningCode",
+    "at_bound",
+    "check_identified",
+    "continuation",
+    "evaluate",
+    "fewest",
+    "fine_continuation",
+    "fit_form",
+    "fit_law",
+    "follow",
+    "pin",
+    "projection_starts",
+    "vanished",
+]
 
 DELTA = 1e-3
 BOUNDS = (0.01, 3.0)  # of both exponents
-GRID = 16  # exponents per axis of the variable-projection grid
 SAME_BASIN = 1e-6  # relative difference of objectives that still counts as the same end
-
-WarningCode = Literal[
-    "irreducible-loss-zero",
-    "term-vanished",
-    "exponent-at-bound",
-    "too-few-sizes",
-    "too-few-budgets",
-    "extrapolation",
-    "flat",
-    "unidentified",
-    "not-converged",
-]
-
-
-@dataclass(frozen=True)
-class FitWarning:
-    """Something a reader of the fit must know: a code for programs, a sentence for people."""
-
-    code: WarningCode
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
+RATIO = 0.74  # of successive deltas in the fine continuation
+Starts = Literal["projection", "paper"]
 
 
 @dataclass(frozen=True)
@@ -177,75 +184,18 @@ def check_identified(runs: Runs, form: Form) -> None:
             )
 
 
-def projection_starts(
-    runs: Runs, form: Form, scale: Scale, bounds: tuple[float, float], grid: int = GRID
-) -> tuple[Array, Array]:
-    """theta [S, 5] and its relative squared error [S] per exponent pair; coefficients by non-negative LS."""
-    exponents = np.geomspace(max(bounds[0], 0.05), min(bounds[1], 2.0), grid)
-    alphas = exponents if form.n_term else np.ones(1)
-    betas = exponents if form.d_term else np.ones(1)
-    alpha, beta = (v.ravel() for v in np.meshgrid(alphas, betas, indexing="ij"))
-    # columns relative to the loss, so that least squares weighs relative errors as the objective does
-    inverse = 1.0 / runs.loss
-    centred_n, centred_d = np.log(runs.n) - scale.mean_n, np.log(runs.d) - scale.mean_d
-    columns = np.stack(
-        [
-            np.broadcast_to(inverse, (len(alpha), len(runs))),
-            np.exp(-alpha[:, None] * centred_n) * inverse,
-            np.exp(-beta[:, None] * centred_d) * inverse,
-        ],
-        axis=1,
-    )
-    target = np.ones(len(runs)) - (0.0 if form.fixed_e is None else form.fixed_e * inverse)
-    wanted = form.free[[0, 1, 3]]
-    gram = np.matmul(columns, np.swapaxes(columns, 1, 2))
-    moment = np.matmul(columns, target)
-    best = np.full(len(alpha), np.inf)
-    coefficients = np.zeros((len(alpha), 3))
-    for subset in range(1, 8):  # every active set of the 3 coefficients: exact NNLS
-        on = np.array([bool(subset & 1), bool(subset & 2), bool(subset & 4)])
-        if (on & ~wanted).any():
-            continue
-        idx = np.flatnonzero(on)
-        sub = gram[:, idx[:, None], idx] + 1e-13 * np.eye(len(idx)) * np.trace(gram, axis1=1, axis2=2)[:, None, None]
-        solved = np.linalg.solve(sub, moment[:, idx, None])[..., 0]
-        error = target @ target - np.sum(solved * moment[:, idx], axis=1)
-        ok = (solved >= 0).all(axis=1) & (error < best)
-        best = np.where(ok, error, best)
-        full = np.zeros_like(coefficients)
-        full[:, idx] = solved
-        coefficients = np.where(ok[:, None], full, coefficients)
-    # a term projected away starts small rather than at zero, where its gradient would vanish
-    coefficients = np.maximum(coefficients, 1e-3 * runs.loss.min())
-    theta = np.stack(
-        [
-            np.log(coefficients[:, 0]),
-            np.log(coefficients[:, 1]),
-            alpha * scale.spread_n,
-            np.log(coefficients[:, 2]),
-            beta * scale.spread_d,
-        ],
-        axis=1,
-    )
-    return pin(theta, form), best
-
-
-def pin(theta: Array, form: Form) -> Array:
-    """theta with the parameters that are not free at their fixed values (a dropped term's log coefficient is -inf)."""
-    theta = theta.copy()
-    if form.fixed_e is not None:
-        theta[..., 0] = np.log(form.fixed_e) if form.fixed_e > 0 else -np.inf
-    if not form.n_term:
-        theta[..., 1], theta[..., 2] = -np.inf, 0.0
-    if not form.d_term:
-        theta[..., 3], theta[..., 4] = -np.inf, 0.0
-    return theta
-
-
 def continuation(delta: float) -> list[float]:
     """Deltas from smooth to the one asked for: 0.1, 0.01, ... , delta."""
     out = [d for d in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5) if d > delta * 1.001]
     return out + [delta]
+
+
+def fine_continuation(delta: float) -> list[float]:
+    """Deltas from 0.1 down to the one asked for in steps of about a quarter."""
+    if delta >= 0.1:
+        return [delta]
+    steps = int(np.ceil(np.log(delta / 0.05) / np.log(RATIO))) if delta < 0.05 else 0
+    return [0.1, *(np.geomspace(0.05, delta, steps + 1) if steps else [delta])]
 
 
 def follow(theta: Array, problem: Problem, stages: list[float]) -> Solution:
@@ -264,10 +214,12 @@ def fit_law(
     delta: float = DELTA,
     bounds: tuple[float, float] = BOUNDS,
     grid: int = GRID,
+    starts: Starts = "projection",
 ) -> LawFit:
     """Fit the law to the runs' losses. `fixed_e` fixes the irreducible loss (the oracle entropy of a known world).
 
     delta: Huber's threshold on log residuals. bounds: of both exponents. grid: starts per exponent axis.
+    starts="paper": the grid and L-BFGS of arXiv 2504.07951 App. C as published (full law only; about a minute).
     Raises InputError where the runs cannot identify the law.
     """
     form = Form(n_term, d_term, fixed_e)
@@ -275,6 +227,8 @@ def fit_law(
         raise InputError(f"delta = {delta}: give a positive threshold on log residuals (default {DELTA})")
     if not 0 < bounds[0] < bounds[1]:
         raise InputError(f"bounds = {bounds}: give 0 < lowest exponent < highest exponent")
+    if grid < 2:
+        raise InputError(f"grid = {grid}: give 2 or more starts per exponent axis")
     if fixed_e is not None and fixed_e >= runs.loss.min():
         raise InputError(
             f"{runs.label or 'runs'}: fixed E = {fixed_e:.6g} is not below the lowest loss {runs.loss.min():.6g}"
@@ -282,24 +236,22 @@ def fit_law(
     check_identified(runs, form)
     scale = Scale.of(runs)
     problem = Problem.of(runs, form, scale, bounds)
-    theta, error = projection_starts(runs, form, scale, bounds, grid)
-    starts = len(theta)
-    stages = continuation(delta)
-    first = minimise(theta, problem, stages[0], 60, 1e-7)
-    # starts that already met go on as one; the raw projections with the least error also go straight to the last stages
-    weight, unique = _merge(first)
-    direct = np.argsort(error)[:8]
-    ends = np.concatenate([first.theta[unique], theta[direct]])
-    weight = np.concatenate([weight, np.zeros(len(direct))])
-    last = follow(ends, problem, stages)
-    best = int(np.argmin(last.objective))
-    low = float(last.objective[best])
-    same = last.objective <= low + SAME_BASIN * abs(low) + 1e-20
-    others = last.objective[~same]
-    theta_best = last.theta[best]
-    params = scale.to_params(theta_best[None])
-    seen = form.free & ~vanished(theta_best, problem)  # what is gone cannot be flat; its own warning says it is gone
-    gauss = jacobian(theta_best[None], problem)[0][seen]
+    if starts == "paper":
+        if not form.free.all():
+            raise InputError("starts = 'paper' is the published fit of the full law; drop n_term, d_term and fixed_e")
+        ends, weight = paper_starts(runs, problem, scale, delta)
+    elif starts == "projection":
+        ends, weight = _search(runs, form, scale, problem, bounds, delta, grid)
+    else:
+        raise InputError(f"starts = {starts!r}: choose 'projection' or 'paper'")
+    best = int(np.argmin(ends.objective))
+    low = float(ends.objective[best])
+    same = ends.objective <= low + SAME_BASIN * abs(low) + 1e-20
+    others = ends.objective[~same & np.isfinite(ends.objective)]
+    theta = ends.theta[best]
+    params = scale.to_params(theta[None])
+    seen = form.free & ~vanished(theta, problem)  # what is gone cannot be flat; its own warning says it is gone
+    gauss = jacobian(theta[None], problem)[0][seen]
     singular = np.linalg.svd(gauss, compute_uv=False)
     condition = float((singular[0] / singular[-1]) ** 2) if len(singular) and singular[-1] > 0 else np.inf
     fit = LawFit(
@@ -312,18 +264,44 @@ def fit_law(
         delta=delta,
         bounds=bounds,
         objective=low,
-        starts=starts,
-        share=float(weight[same].sum() / starts),
+        starts=int(weight.sum()),
+        share=float(weight[same].sum() / weight.sum()),
         next_best=float(others.min()) if len(others) else None,
-        gradient_norm=float(last.gradient[best]),
+        gradient_norm=float(ends.gradient[best]),
         condition=condition,
         warnings=(),
         runs=runs,
         scale=scale,
-        theta=theta_best,
+        theta=theta,
     )
-    object.__setattr__(fit, "warnings", _warnings(fit, bool(last.converged[best]), gauss, seen))
+    object.__setattr__(fit, "warnings", _warnings(fit, bool(ends.converged[best]), gauss, seen))
     return fit
+
+
+def _search(
+    runs: Runs,
+    form: Form,
+    scale: Scale,
+    problem: Problem,
+    bounds: tuple[float, float],
+    delta: float,
+    grid: int,
+) -> tuple[Solution, Array]:
+    """Ends of the search and how many starts each stands for (0: an extra end, not one of the grid's)."""
+    projector = Projector(runs, form, scale)
+    exponents = exponent_grid(form, scale, bounds, grid)
+    first = projector(exponents)
+    low_exponents, coefficients, _ = descend(projector, exponents, first, bounds)
+    use = form.free[[2, 4]]
+    index, weight = merge(low_exponents[:, use] if use.any() else low_exponents)
+    main = follow(projector.theta(low_exponents[index], coefficients[index]), problem, fine_continuation(delta))
+    main, others = restart(main, problem, delta, min(1.0, grid / GRID))
+    # the raw projections with the least error go straight to the last stages: another way down, to see other ends
+    direct = np.argsort(first.error)[: max(1, len(exponents) // 32)]
+    stages = [d for d in continuation(delta) if d <= max(delta, 1e-2) * 1.001]
+    extra = follow(projector.theta(exponents[direct], first.coefficients[direct]), problem, stages)
+    ends = joined([main, *others, extra])
+    return ends, np.concatenate([weight, np.zeros(len(ends.theta) - len(weight))])
 
 
 def evaluate(runs: Runs, params: Params, delta: float = DELTA) -> float:
@@ -353,14 +331,6 @@ def at_bound(theta: Array, problem: Problem) -> np.ndarray:
             )
             out |= vanished(theta, problem)[:, coefficient]
     return out
-
-
-def _merge(ends: Solution) -> tuple[Array, np.ndarray]:
-    """(how many starts each distinct end stands for, index of one start per distinct end)."""
-    # the objective to 9 digits tells ends apart: equal values at different points would both be optimal anyway
-    key = np.round(np.log(np.maximum(ends.objective, 1e-300)), 4)
-    _, index, count = np.unique(key, return_index=True, return_counts=True)
-    return count.astype(np.float64), index
 
 
 def _warnings(fit: LawFit, converged: bool, gauss: Array, seen: np.ndarray) -> tuple[FitWarning, ...]:

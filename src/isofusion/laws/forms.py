@@ -1,4 +1,7 @@
-"""The law L(N, D) = E + A/N^alpha + B/D^beta and its nested forms (one term dropped, or E fixed).
+"""The law L(N, D) = E + A/N^alpha + B/D^beta and its nested forms (one term dropped, or E fixed); `FORMS`: all laws.
+
+`Form`, `Params` and `Scale` serve the default law, which has its own fast solver (fit.py). Every law by name, the
+default one among them, is in FORMS and fitted by `fit_form` (formfit.py); law.py shows how to add one.
 
 Source: Hoffmann et al. 2203.15556 eq. 2; arXiv 2504.07951 eq. 1. Units: L, E in nats/token, N in parameters, D in
 tokens. The solver works on theta = (log E, log A', alpha', log B', beta') where log N and log D are centred and
@@ -12,9 +15,57 @@ from dataclasses import dataclass
 import numpy as np
 
 from isofusion.errors import InputError
+from isofusion.laws.catalogue import (
+    Chinchilla,
+    ErrorFromLoss,
+    OverTraining,
+    Power,
+    PowerFloor,
+    Sparsity,
+    Terms,
+    TwoModalities,
+)
+from isofusion.laws.catalogue_more import DataConstrained, Mixture, PNorm, RoutedExperts
+from isofusion.laws.law import Law
 from isofusion.laws.table import Array, Runs
 
 NAMES = ("E", "A", "alpha", "B", "beta")
+DOMAINS = ("caption", "interleaved", "text")  # of the study's mixtures; Mixture(...) takes any others
+FORMS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        Chinchilla(),
+        PNorm(),
+        Terms("n", "d", "width", name="width"),
+        Terms("width", "depth", "d", name="width-depth"),
+        Power(),
+        PowerFloor(),
+        Sparsity(),
+        Sparsity("n_total", name="sparsity-total"),
+        RoutedExperts(),
+        DataConstrained(),
+        OverTraining(),
+        ErrorFromLoss(),
+        Mixture(*DOMAINS),
+        Mixture(*DOMAINS, joint=True),
+        TwoModalities(),
+    )
+}
+
+
+def find(name: str) -> Law:
+    """The law of that name; InputError naming all of them if there is none."""
+    if name not in FORMS:
+        raise InputError(f"no law '{name}'; the laws are {', '.join(FORMS)}")
+    return FORMS[name]
+
+
+def register(law: Law) -> Law:
+    """Make a law known by its name to `find`, `fit_form` and the command line."""
+    if not law.name or law.name in FORMS:
+        raise InputError(f"a law named '{law.name}' is already known; choose another name")
+    FORMS[law.name] = law
+    return law
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Errors are relative, once to the loss and once to the *reducible* loss L - oracle: near the floor a law that is blind
 looks good in plain loss (DESIGN.md section 5). Without an oracle the fitted E stands in and the result says so.
 Baselines: the next smaller size's loss at equal D; k C^c through the training envelope; the nearest run in (log N,
-log D). `study_report` gathers the numbers a study is judged by. Legend: h held-out rows.
+log D). `accuracy` are the numbers of arXiv 2504.07951 Table 10. Growing N or C step by step: `isofusion.laws.rollout`.
+`study_report` gathers the numbers a study is judged by. Legend: h held-out rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,33 @@ from isofusion.laws.bootstrap import bootstrap, estimate_noise
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.frontier import envelope
 from isofusion.laws.table import Array, Runs, clusters
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Prediction error as arXiv 2504.07951 Table 10 prints it."""
+
+    mse: float  # mean squared error of the loss, nats^2
+    r2: float  # 1 - squared error over squared deviation from the observed mean; NaN for fewer than two losses
+    mae_percent: float  # mean |predicted - observed| / observed, in per cent
+
+    def to_dict(self) -> dict[str, float | None]:
+        return {k: _plain(v) for k, v in self.__dict__.items()}
+
+
+def accuracy(observed: Array, predicted: Array) -> Accuracy:
+    """MSE, R2 and MAE % of predicted losses, over the rows with a prediction. NaN where there are none."""
+    observed, predicted = np.asarray(observed, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    ok = np.isfinite(predicted)
+    if not ok.any():
+        return Accuracy(float("nan"), float("nan"), float("nan"))
+    y, error = observed[ok], predicted[ok] - observed[ok]
+    total = float(np.sum((y - y.mean()) ** 2))
+    return Accuracy(
+        float(np.mean(error**2)),
+        1.0 - float(np.sum(error**2)) / total if total > 0 else float("nan"),
+        100.0 * float(np.mean(np.abs(error) / y)),
+    )
 
 
 @dataclass(frozen=True)
@@ -46,6 +74,11 @@ class HoldOut:
         if self.low is None or self.high is None:
             return None
         return float(np.mean((self.low <= self.held.loss) & (self.held.loss <= self.high)))
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """MSE, R2 and MAE % on the held-out runs."""
+        return accuracy(self.held.loss, self.predicted)
 
     def table(self) -> list[dict[str, Any]]:
         """Predicted against observed, one row per held-out run."""
@@ -77,6 +110,7 @@ class HoldOut:
             "reducible_floor": "oracle" if self.floor_is_oracle else "fitted E (no oracle known)",
             "mae_reducible": own,
             "mae_loss": self.error(self.predicted, reducible=False),
+            "accuracy": self.accuracy.to_dict(),
             "baselines_reducible": {name: _plain(self.error(values)) for name, values in self.baselines.items()},
             "ratio_to_carry_over": _plain(fair / carry) if carry else None,
             "hit_rate": self.hit_rate,
@@ -230,13 +264,19 @@ def study_report(
     intervals = bootstrap(fit, draws, seed=seed)
     noise = intervals.noise
     seed_spread = noise.seed
-    low, high = intervals.interval("E")
-    irreducible: dict[str, Any] = {"fitted": fit.E, "interval": [low, high], "oracle": level}
+    refused = intervals.refusal("E")
+    span = None if refused else intervals.interval("E")
+    irreducible: dict[str, Any] = {
+        "fitted": fit.E,
+        "interval": list(span) if span else None,
+        "refused": refused,
+        "oracle": level,
+    }
     if level is not None:
         irreducible |= {
             "bias": fit.E - level,
             "relative_bias": (fit.E - level) / level if level else None,
-            "covers": bool(low <= level <= high),
+            "covers": bool(span[0] <= level <= span[1]) if span else None,
         }
     report: dict[str, Any] = {
         "label": runs.label,

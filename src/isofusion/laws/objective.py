@@ -1,8 +1,10 @@
-"""SUM of Huber_delta(log prediction - log loss), its exact gradient and Hessian, and a batched damped Newton solver.
+"""SUM of Huber_delta(log prediction - log loss), its exact gradient and Hessian, for the law E + A/N^alpha + B/D^beta.
 
 The log prediction is a log-sum-exp of affine functions of theta, so with softmax weights p_k over the terms and their
 design vectors z_k, d logpred = sum p_k z_k =: g and d2 logpred = sum p_k z_k z_k' - g g'. Everything is a moment sum
-over runs. The SUM matters: a mean is so small that library tolerances stop at once (reference/fitting.md, fault 1).
+over runs against 1, x, x^2, y, y^2, xy, which all starts share: one matrix product each. The SUM matters: a mean is so
+small that library tolerances stop at once (reference/fitting.md, fault 1). Other laws: law.py; other objectives:
+criterion.py.
 Legend: S starts (or bootstrap draws), m runs, 5 parameters (log E, log A', alpha', log B', beta') standardised.
 """
 
@@ -13,9 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from isofusion.laws.forms import Form, Scale
+from isofusion.laws.newton import Solution, newton
 from isofusion.laws.table import Array, Runs
 
-CHUNK = 1 << 16  # S * m elements worked on at once, so that temporaries stay in cache
+__all__ = ["Problem", "Solution", "derivatives", "huber", "jacobian", "minimise", "terms", "value"]
+
+CHUNK = 1 << 14  # S * m elements worked on at once, so that temporaries stay in cache
 VANISHED = 16.0  # a term this many e-folds below the lowest loss (1e-7 of it) is at its floor
 
 
@@ -75,116 +80,106 @@ def jacobian(theta: Array, problem: Problem) -> Array:
     return np.stack([p_e, p_a, -problem.x * p_a, p_b, -problem.y * p_b], axis=1)
 
 
+class _Kernel:
+    """Objective, gradient and Hessian of one Problem, in preallocated memory for up to `rows` starts at a time."""
+
+    def __init__(self, problem: Problem, delta: float, rows: int) -> None:
+        self.problem, self.delta = problem, delta
+        x, y = problem.x, problem.y
+        one = np.ones_like(x)
+        self.line_a, self.line_b = np.stack([one, -x]), np.stack([one, -y])
+        self.by_a = np.ascontiguousarray(np.stack([one, x, x * x], axis=1))
+        self.by_b = np.ascontiguousarray(np.stack([one, y, y * y], axis=1))
+        self.by_ab = np.ascontiguousarray(np.stack([one, x, y, x * y], axis=1))
+        self.memory = np.empty((10, rows, x.size))
+        self.weighted = problem.weights.ndim == 2 or bool((problem.weights != 1.0).any())
+
+    def __call__(self, theta: Array, which: np.ndarray) -> tuple[Array, Array, Array]:
+        """f [k], gradient [k, 5], Hessian [k, 5, 5] at theta [k, 5] for the rows `which` of losses and weights."""
+        k, problem, delta = len(theta), self.problem, self.delta
+        p_e, p_a, p_b, r, u, v, v_a, v_b, w_1, w_2 = self.memory[:, :k]
+        log_loss = problem.log_loss if problem.log_loss.ndim == 1 else problem.log_loss[which]
+        weights = problem.weights if problem.weights.ndim == 1 else problem.weights[which]
+        finite = np.where(np.isfinite(theta), theta, 0.0)  # a dropped term: log coefficient -inf
+        np.exp(np.matmul(finite[:, 1:3], self.line_a, out=p_a), out=p_a)
+        np.exp(np.matmul(finite[:, 3:5], self.line_b, out=p_b), out=p_b)
+        with np.errstate(over="ignore"):
+            e = np.exp(theta[:, 0:1])
+        for gone, term in ((~np.isfinite(theta[:, 1]), p_a), (~np.isfinite(theta[:, 3]), p_b)):
+            if gone.any():
+                term[gone] = 0.0
+        np.add(p_a, p_b, out=v)
+        v += e  # the prediction; the box keeps every exponent far from overflow, so no maximum is subtracted
+        np.log(v, out=r)
+        r -= log_loss
+        np.divide(1.0, v, out=v)
+        p_a *= v
+        p_b *= v
+        np.multiply(v, e, out=p_e)
+        # u = w rho', v = w rho'' - u; rho = clipped r times (r - clipped r / 2)
+        np.clip(r, -delta, delta, out=u)
+        np.equal(u, r, out=v, casting="unsafe")
+        np.multiply(u, 0.5, out=w_1)
+        np.subtract(r, w_1, out=w_1)
+        if self.weighted:
+            u *= weights
+            v *= weights
+        f = np.einsum("sm,sm->s", u, w_1)
+        v -= u
+        grad, hess = np.empty((k, 5)), np.empty((k, 5, 5))
+        np.multiply(v, p_a, out=v_a)
+        np.multiply(v, p_b, out=v_b)
+        np.multiply(v_a, p_b, out=w_1)
+        ab = w_1 @ self.by_ab
+        np.multiply(v_a, p_e, out=w_1)
+        ea = w_1 @ self.by_a[:, :2]
+        np.multiply(v_b, p_e, out=w_1)
+        eb = w_1 @ self.by_b[:, :2]
+        for share, own, by, at in ((p_a, v_a, self.by_a, 1), (p_b, v_b, self.by_b, 3)):
+            np.multiply(u, share, out=w_1)
+            slope = w_1 @ by[:, :2]
+            grad[:, at], grad[:, at + 1] = slope[:, 0], -slope[:, 1]
+            own += u
+            own *= share  # share (v share + u)
+            curve = own @ by
+            hess[:, at, at], hess[:, at + 1, at + 1] = curve[:, 0], curve[:, 2]
+            hess[:, at, at + 1] = hess[:, at + 1, at] = -curve[:, 1]
+        np.multiply(p_e, u, out=w_2)
+        grad[:, 0] = w_2.sum(axis=1)
+        v *= p_e
+        hess[:, 0, 0] = grad[:, 0] + np.einsum("sm,sm->s", v, p_e)
+        hess[:, 0, 1] = hess[:, 1, 0] = ea[:, 0]
+        hess[:, 0, 2] = hess[:, 2, 0] = -ea[:, 1]
+        hess[:, 0, 3] = hess[:, 3, 0] = eb[:, 0]
+        hess[:, 0, 4] = hess[:, 4, 0] = -eb[:, 1]
+        hess[:, 1, 3] = hess[:, 3, 1] = ab[:, 0]
+        hess[:, 2, 3] = hess[:, 3, 2] = -ab[:, 1]
+        hess[:, 1, 4] = hess[:, 4, 1] = -ab[:, 2]
+        hess[:, 2, 4] = hess[:, 4, 2] = ab[:, 3]
+        return f, grad, hess
+
+
 def derivatives(theta: Array, problem: Problem, delta: float) -> tuple[Array, Array, Array]:
     """Objective [S], gradient [S, 5], Hessian [S, 5, 5], all exact (at |r| = delta the Hessian is one-sided)."""
-    x, y, w = problem.x, problem.y, problem.weights
-    log_pred, p_e, p_a, p_b = terms(theta, x, y)
-    r = log_pred - problem.log_loss
-    f = np.sum(w * huber(r, delta), axis=-1)
-    u = w * np.clip(r, -delta, delta)
-    v = w * (np.abs(r) <= delta) - u
-    g_p = np.stack([p_e, p_a, -x * p_a, p_b, -y * p_b], axis=1)
-    grad = np.matmul(g_p, u[..., None])[..., 0]
-    hess = np.matmul(g_p * v[:, None, :], np.swapaxes(g_p, 1, 2))
-    # + sum_i u_i sum_k p_k z_k z_k': block diagonal, and mostly already in the gradient
-    hess[:, 0, 0] += grad[:, 0]
-    for i, share, z in ((1, p_a, x), (3, p_b, y)):
-        hess[:, i, i] += grad[:, i]
-        hess[:, i, i + 1] += grad[:, i + 1]
-        hess[:, i + 1, i] += grad[:, i + 1]
-        hess[:, i + 1, i + 1] += np.sum(u * share * (z * z), axis=-1)
-    return f, grad, hess
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Ends of S starts: theta [S, 5], objective [S], norm of the projected gradient [S], whether it converged [S]."""
-
-    theta: Array
-    objective: Array
-    gradient: Array
-    converged: np.ndarray
+    return _Kernel(problem, delta, len(theta))(theta, np.arange(len(theta)))
 
 
 def minimise(
     theta: Array, problem: Problem, delta: float, max_iterations: int = 200, tolerance: float = 1e-15
 ) -> Solution:
-    """Damped Newton from every row of theta [S, 5] at once, inside the box; each start has its own damping.
+    """Damped Newton (newton.py) from every row of theta [S, 5] at once, inside the box.
 
-    Eigenvalues enter by their absolute value (the objective is not convex); parameters held by a bound or not free are
-    left out of the step. Stops when the predicted relative decrease is below `tolerance` (the default is rounding).
+    Stops when the predicted relative decrease is below `tolerance` (the default is rounding).
     """
-    per_start = problem.log_loss.ndim == 2, problem.weights.ndim == 2
-    rows = max(1, CHUNK // problem.x.size)
-    parts = []
-    for i in range(0, len(theta), rows):
-        part = Problem(
-            problem.x,
-            problem.y,
-            problem.log_loss[i : i + rows]
-            if per_start[0]
-            else np.broadcast_to(problem.log_loss, (len(theta[i : i + rows]), problem.x.size)),
-            problem.weights[i : i + rows]
-            if per_start[1]
-            else np.broadcast_to(problem.weights, (len(theta[i : i + rows]), problem.x.size)),
-            problem.lower,
-            problem.upper,
-            problem.free,
-        )
-        parts.append(_minimise(theta[i : i + rows], part, delta, max_iterations, tolerance))
-    return Solution(
-        *(np.concatenate([getattr(p, k) for p in parts]) for k in ("theta", "objective", "gradient", "converged"))
+    slots = min(len(theta), max(8, CHUNK // problem.x.size))
+    return newton(
+        theta,
+        _Kernel(problem, delta, slots),
+        problem.lower,
+        problem.upper,
+        problem.free,
+        slots=slots,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        tiny=1e-28 * problem.x.size,
     )
-
-
-def _take(problem: Problem, rows: np.ndarray) -> Problem:
-    return Problem(
-        problem.x, problem.y, problem.log_loss[rows], problem.weights[rows], problem.lower, problem.upper, problem.free
-    )
-
-
-def _minimise(start: Array, whole: Problem, delta: float, max_iterations: int, tolerance: float) -> Solution:
-    free = whole.free
-    theta_all = np.where(free, np.clip(start, whole.lower, whole.upper), start)
-    f_all = np.empty(len(start))
-    grad_all = np.empty(len(start))
-    done_all = np.zeros(len(start), dtype=bool)
-    live = np.arange(len(start))
-    problem = whole
-    theta = theta_all.copy()
-    f, grad, hess = derivatives(theta, problem, delta)
-    damp = np.full(len(start), 1e-3)
-    for iteration in range(max_iterations + 1):
-        held = ~free | ((theta <= problem.lower) & (grad > 0)) | ((theta >= problem.upper) & (grad < 0))
-        g = np.where(held, 0.0, grad)
-        h = np.where(held[:, :, None] | held[:, None, :], 0.0, hess)
-        eigen, vectors = np.linalg.eigh(h)
-        size = np.abs(eigen)
-        top = np.maximum(size.max(axis=1), 1e-300)
-        along = np.matmul(np.swapaxes(vectors, 1, 2), g[..., None])[..., 0]
-        step = -np.matmul(vectors, (along / (size + (damp * top)[:, None] + 1e-14 * top[:, None]))[..., None])[..., 0]
-        step = np.where(held, 0.0, step)
-        step *= np.minimum(1.0, 3.0 / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
-        trial = np.where(free, np.clip(theta + step, problem.lower, problem.upper), theta)
-        moved = np.where(free, trial, 0.0) - np.where(free, theta, 0.0)  # a dropped term sits at -inf
-        promise = -np.sum(g * moved, axis=1)  # first-order decrease, twice the Newton decrement
-        done = (promise <= tolerance * f) | (f <= 1e-28 * problem.x.size)
-        stuck = damp > 1e8
-        stop = done | stuck | (iteration == max_iterations)
-        if stop.any():
-            rows = live[stop]
-            theta_all[rows], f_all[rows] = theta[stop], f[stop]
-            grad_all[rows], done_all[rows] = np.linalg.norm(g[stop], axis=1), (done | stuck)[stop]
-            keep = ~stop
-            live, theta, f, grad, hess, damp, trial = (a[keep] for a in (live, theta, f, grad, hess, damp, trial))
-            problem = _take(problem, keep)
-        if not len(live):
-            break
-        f_new, grad_new, hess_new = derivatives(trial, problem, delta)
-        better = f_new < f
-        theta = np.where(better[:, None], trial, theta)
-        f = np.where(better, f_new, f)
-        grad = np.where(better[:, None], grad_new, grad)
-        hess = np.where(better[:, None, None], hess_new, hess)
-        damp = np.where(better, damp * 0.1, np.maximum(damp, 1e-6) * 8.0)
-    return Solution(theta_all, f_all, grad_all, done_all)

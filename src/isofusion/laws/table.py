@@ -6,7 +6,6 @@ labels the trunk (runs of one group share its luck: DESIGN.md section 6), `seed`
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,33 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from isofusion.errors import InputError
+from isofusion.laws.cells import parse
 
 Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.str_]
 
 SAME = 1.05  # two values closer than this factor count as one model size or one token budget
 MAX_LISTED = 5  # bad rows named in one message
-UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-ALIASES = {
-    "n": ("n", "params", "n_params", "parameters", "n_total", "model size"),
-    "d": ("d", "tokens", "n_tokens", "train_tokens"),
-    "loss": ("loss", "val_loss", "validation loss"),
-    "c": ("c", "flops", "flop", "compute", "training flop"),
-}
 LEDGER = frozenset(("arm", "run", "parent", "n", "tokens", "flops"))  # and loss_<domain>: a study's results.csv
 DOMAINS = ("caption", "interleaved", "text", "mean")
 
 
-def ledger_rows(path: Path) -> list[dict[str, str]] | None:
-    """The rows of a study's results.csv without tuning and excluded runs, or None for any other CSV (or no file)."""
-    if not path.is_file():
-        return None
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as handle:
-        reader = csv.DictReader(handle)
-        header = {name for name in (reader.fieldnames or []) if name is not None}
-        if not (header >= LEDGER and any(name.startswith("loss_") for name in header)):
-            return None
-        return [row for row in reader if not row.get("variant") and row.get("excluded") in (None, "", "0")]
+def counted(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a study's results.csv counts in a law: tuning runs (variants) and excluded runs do not."""
+    return not row.get("variant") and str(row.get("excluded") or "0") in ("0", "0.0", "False")
 
 
 def clusters(values: Array, same: float = SAME) -> npt.NDArray[np.int64]:
@@ -119,82 +105,26 @@ class Runs:
             [f"row {i}" for i in range(rows)] if group is None else [str(g) for g in group], dtype=np.str_
         )
         seeds = np.asarray(["0"] * rows if seed is None else [str(s) for s in seed], dtype=np.str_)
+        for name, label_column in (("size", sizes), ("group", groups), ("seed", seeds)):
+            if len(label_column) != rows:
+                raise InputError(f"{where}: {name} has {len(label_column)} labels for {rows} rows; they must be equal")
         truth = None if oracle is None else np.broadcast_to(np.asarray(oracle, dtype=np.float64), (rows,)).copy()
         errors = None if se is None else np.asarray(se, dtype=np.float64).ravel()
+        if errors is not None and not (len(errors) == rows and np.all(np.isfinite(errors) & (errors > 0))):
+            raise InputError(f"{where}: se must be {rows} positive finite standard errors; leave se out where unknown")
         kind = compute or ("6nd" if c is None else "given")
         return cls(n_, d_, loss_, c_, sizes, groups, seeds, errors, truth, kind, label)
 
     @classmethod
-    def from_csv(
-        cls,
-        path: str | Path,
-        n: str | None = None,
-        d: str | None = None,
-        loss: str | None = None,
-        c: str | None = None,
-        group: str | None = None,
-        size: str | None = None,
-        seed: str | None = None,
-    ) -> Runs:
-        """Read a CSV with a header line. Columns left as None are found by their usual names (n/params, d/tokens, ...).
+    def from_csv(cls, path: str | Path, *, drop_bad: bool = False, **columns: str | None) -> Runs:
+        """Read a table with a header line; columns (n=, d=, loss=, c=, group=, ...) left out are found by usual names.
 
-        Numbers may carry a unit (1.3B, 275M). With FLOPs but no tokens column, D = C / (6 N). Raises InputError naming
-        file, line, column and reason.
+        The notes of `readers.read_runs`, which reads everything else too, are not returned here. Raises InputError
+        naming file, line, column and reason.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give a CSV with columns for parameters, tokens and loss")
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as handle:
-            reader = csv.DictReader(handle)
-            header = [name for name in (reader.fieldnames or []) if name is not None]
-            if not header:
-                raise InputError(f"{path}: the file is empty; give a CSV with columns for parameters, tokens and loss")
-            given = {"n": n, "d": d, "loss": loss, "c": c}
-            names = {role: _column(path, header, role, name) for role, name in given.items()}
-            extra = {
-                role: _column(path, header, role, name)
-                for role, name in (("group", group), ("size", size), ("seed", seed))
-            }
-            for role, flag in (("n", "--n"), ("loss", "--loss")):
-                if names[role] is None:
-                    raise InputError(f"{path}: no column for {role}; name it with {flag}. Columns: {', '.join(header)}")
-            if names["d"] is None and names["c"] is None:
-                raise InputError(
-                    f"{path}: no column for tokens; name it with --d (or FLOPs with --flops). "
-                    f"Columns: {', '.join(header)}"
-                )
-            columns: dict[str, list[float]] = {role: [] for role, name in names.items() if name is not None}
-            labels: dict[str, list[str]] = {role: [] for role, name in extra.items() if name is not None}
-            bad: list[str] = []
-            for row in reader:
-                for role, values in columns.items():
-                    column = names[role] or ""
-                    value, reason = _number(row.get(column))
-                    values.append(value)
-                    if reason:
-                        bad.append(f"line {reader.line_num}, column '{column}': {reason}")
-                for role, texts in labels.items():
-                    texts.append(row.get(extra[role] or "") or "")
-        if bad:
-            more = f" and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
-            raise InputError(f"{path}: {'; '.join(bad[:MAX_LISTED])}{more}; mend or delete those lines")
-        if not columns["n"]:
-            raise InputError(f"{path}: a header and no rows; a fit needs at least 3 sizes x 3 token budgets")
-        tokens = columns.get("d") or [
-            flops / (6.0 * size_n) for flops, size_n in zip(columns["c"], columns["n"], strict=True)
-        ]
-        return cls.of(
-            columns["n"],
-            tokens,
-            columns["loss"],
-            c=columns.get("c"),
-            group=labels.get("group"),
-            size=labels.get("size"),
-            seed=labels.get("seed"),
-            compute=None if "d" in columns else "6nd",  # tokens derived from C = 6ND: the cost is 6ND by construction
-            label=path.name,
-            where=str(path),
-        )
+        from isofusion.laws.readers import read_runs
+
+        return read_runs(path, columns=columns, drop_bad=drop_bad)[0]
 
     @classmethod
     def from_results(
@@ -218,10 +148,12 @@ class Runs:
             if column not in chosen[0]:
                 raise InputError(f"{where}: no column '{column}'. Columns: {', '.join(chosen[0])}")
 
+        roles = {"n": "n", "tokens": "d", loss: "loss", flops: "c"}
+
         def numbers(column: str) -> list[float]:
             out = []
             for r in chosen:
-                value, reason = _number(r.get(column))
+                value, reason = parse(r.get(column), roles[column])
                 if reason:
                     raise InputError(f"{where}: run {r.get('run')}, column '{column}': {reason}")
                 out.append(value)
@@ -267,34 +199,6 @@ class Runs:
         if oracle is None:
             return self.oracle
         return np.broadcast_to(np.asarray(oracle, dtype=np.float64), (len(self),)).copy()
-
-
-def _column(path: Path, header: list[str], role: str, name: str | None) -> str | None:
-    if name is not None:
-        if name not in header:
-            raise InputError(f"{path}: no column '{name}' (for {role}). Columns: {', '.join(header)}")
-        return name
-    by_lower = {column.strip().lower(): column for column in reversed(header)}
-    return next((by_lower[alias] for alias in ALIASES.get(role, (role,)) if alias in by_lower), None)
-
-
-def _number(value: Any) -> tuple[float, str]:
-    """(number, "") or (NaN, reason)."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return math.nan, "empty"
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        text = str(value).strip()
-        try:
-            number = float(text[:-1]) * UNITS[text[-1].lower()]
-        except (KeyError, ValueError):
-            return math.nan, f"'{text}' is not a number"
-    if not math.isfinite(number):
-        return number, f"{number} is not finite"
-    if number <= 0:
-        return number, f"{number:g} is not positive"
-    return number, ""
 
 
 def _oracle(rows: list[Mapping[str, Any]], domain: str) -> list[float] | None:

@@ -1,0 +1,61 @@
+"""Out of small basins: bootstrap restarting (Wood 2001, Biometrics 57).
+
+With a small delta the Huber objective of few runs has basins of its own, one for nearly every choice of the runs that
+are fitted exactly. Refitting with the runs resampled moves the end out of such a basin; going on from there with all
+runs again ends in the same basin or a lower one. It is part of following a start: what its restarts find is its end.
+Legend: R restarts, m runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from isofusion.laws.objective import Problem, Solution, minimise
+from isofusion.laws.table import Array
+
+GROUPS = 3  # distinct ends, lowest first, that are restarted
+ROUNDS = 3  # at most; a round without a lower end is the last
+WORK = 6000  # runs x restarts of a round, roughly
+FEWEST, MOST = 8, 32
+LOWER = 1e-7  # relative decrease that counts as a lower end
+
+
+def restart(ends: Solution, problem: Problem, delta: float, effort: float = 1.0) -> tuple[Solution, list[Solution]]:
+    """(the same ends, each as low as its restarts found, every other end met on the way). The same every time.
+
+    effort: factor on the number of restarts, for callers with thousands of fits to make.
+    """
+    m = problem.x.size
+    tries = max(2, round(float(np.clip(WORK / m, FEWEST, MOST)) * effort))
+    rng = np.random.Generator(np.random.Philox(key=2001))
+    theta, objective = ends.theta.copy(), ends.objective.copy()
+    gradient, converged = ends.gradient.copy(), ends.converged.copy()
+    met: list[Solution] = []
+    for s in np.argsort(objective)[:GROUPS]:
+        for _ in range(ROUNDS):
+            draws = rng.multinomial(m, np.full(m, 1.0 / m), size=tries).astype(np.float64)
+            away = minimise(
+                np.repeat(theta[s][None], tries, axis=0),
+                replace(problem, weights=draws * problem.weights),
+                delta,
+                60,
+                1e-6,
+            )
+            back = minimise(away.theta, problem, delta)
+            met.append(back)
+            best = int(np.argmin(back.objective))
+            if not back.objective[best] < objective[s] * (1.0 - LOWER):
+                break
+            theta[s], objective[s] = back.theta[best], back.objective[best]
+            gradient[s], converged[s] = back.gradient[best], back.converged[best]
+    return Solution(theta, objective, gradient, converged), met
+
+
+def joined(parts: list[Solution]) -> Solution:
+    """Several sets of ends as one."""
+    stacked: list[Array] = [
+        np.concatenate([getattr(p, k) for p in parts]) for k in ("theta", "objective", "gradient", "converged")
+    ]
+    return Solution(*stacked)

@@ -1,0 +1,189 @@
+"""`isofusion suggest` as a user meets it: an ordered list, JSON, a study to train, one clear message for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from isofusion.cli.main import main
+from isofusion.study.spec import StudySpec
+
+GRID = ["--n-grid", "20M:2B:4", "--d-grid", "400M:40B:3"]
+GOAL = ["--target", "7B,140B"]
+MINI = Path(__file__).parents[2] / "studies/world-mini.toml"
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["suggest", *(str(argument) for argument in arguments)])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Nine finished runs of a known law."""
+    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(2e7, 4e8, 3), np.geomspace(4e8, 8e9, 3)))
+    loss = 1.8 + 480 / n**0.35 + 2100 / d**0.37
+    rows = "\n".join(f"{a:.6g},{b:.6g},{c:.6g}" for a, b, c in zip(n, d, loss, strict=True))
+    path = tmp_path / "runs.csv"
+    path.write_text(f"params,tokens,loss\n{rows}\n")
+    return path
+
+
+def test_from_nothing_prints_an_ordered_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*GRID, *GOAL, "--budget", "1e20", "--trunk", "--most", 4, "--compare") == 0
+    out = capsys.readouterr().out
+    assert "0 runs done, 12 candidates" in out
+    assert "a first run" in out
+    assert "4 runs for" in out
+    for baseline in ("random:", "cheapest:", "d-optimal:", "v-optimal:"):
+        assert baseline in out
+
+
+def test_json_of_a_table_of_runs(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(table, *GRID, *GOAL, "--budget", "1e20", "--noise", 0.003, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["done"] == 9
+    assert result["candidates"] == 10  # 20M at 400M tokens is done, and 93M is within 5 % of 89M
+    assert "already" in result["notes"][-1] or any("already" in note for note in result["notes"])
+    assert result["after"] < result["before"]
+    spent = np.cumsum([run["cost"] for run in result["runs"]])
+    assert [run["spent"] for run in result["runs"]] == pytest.approx(spent)
+    assert spent[-1] <= 1e20
+    assert result["runs"][-1]["error"] == result["after"]
+
+
+def test_candidates_from_a_file_with_costs_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pool.csv"
+    path.write_text("name,params,tokens,cost\na,20M,400M,1e10\nb,100M,2B,2e10\nc,1B,20B,9e99\n")
+    assert call("--candidates", path, *GOAL, "--budget", "4e10", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {run["name"]: run["cost"] for run in result["runs"]} == {"a": 1e10, "b": 2e10}
+
+
+def test_best_size_at_a_compute_and_a_far_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*GRID, "--target-compute", "1e24", "--want", "n", "--budget", "1e20", "--most", 3) == 0
+    out = capsys.readouterr().out
+    assert "the best size N*" in out
+    assert "decades above every run" in out
+
+
+def test_emits_a_study_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes near the wanted N, budgets near the wanted D; points that are no grid become several studies."""
+    out = tmp_path / "next.toml"
+    grid = ["--n-grid", "75K,120K,250K", "--d-grid", "300K:3M:3"]
+    goal = ["--target", "1M,10M", "--budget", "2e13", "--trunk"]
+    assert call(*grid, *goal, "--arm", "late", "--emit", out, "--template", MINI, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    wanted = sorted((run["n"], run["d"]) for run in result["runs"])
+    assert len(wanted) > 3
+    got = []
+    for path in result["written"]:
+        spec = StudySpec.from_toml(path)
+        assert [arm.name for arm in spec.arms] == ["late"]
+        from isofusion.study.emit import parameters
+
+        got += [(parameters(size.model), budget) for size in spec.arms[0].sizes for budget in spec.budgets]
+        assert spec.data == StudySpec.from_toml(MINI).data
+    assert len(got) == len(wanted)
+    for (n, d), (n_got, d_got) in zip(wanted, sorted(got), strict=True):
+        assert n_got == pytest.approx(n, rel=0.15)
+        assert d_got == pytest.approx(d, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*GOAL, "--budget", "1e20"], "no candidates"),
+        ([*GOAL, "--budget", "1e20", "--n-grid", "20M:2B:4"], "belong together"),
+        ([*GRID, *GOAL], "give --budget"),
+        ([*GRID, *GOAL, "--budget", "much"], "--budget much"),
+        ([*GRID, *GOAL, "--budget", "1e10"], "pays for none of 12 candidates"),
+        ([*GRID, "--budget", "1e20"], "give what the law is wanted for"),
+        ([*GRID, *GOAL, "--target-compute", "1e22", "--budget", "1e20"], "not both"),
+        ([*GRID, *GOAL, "--want", "n", "--budget", "1e20"], "goes with --target-compute"),
+        ([*GRID, "--target-compute", "1e22", "--want", "d", "--budget", "1e20"], "choose 'loss' or 'n'"),
+        ([*GRID, "--target", "7B", "--budget", "1e20"], "--target 7B"),
+        ([*GRID, "--target", "7B,-1", "--budget", "1e20"], "--target -1"),
+        (["--n-grid", "2B:20M:4", "--d-grid", "1B", *GOAL, "--budget", "1e20"], "LOW is above HIGH"),
+        (["--n-grid", "2B:20M", "--d-grid", "1B", *GOAL, "--budget", "1e20"], "LOW:HIGH:COUNT"),
+        (["--n-grid", "1M:9B:99", "--d-grid", "1M:9B:99", *GOAL, "--budget", "1e20"], "use coarser grids"),
+        ([*GRID, *GOAL, "--budget", "1e20", "--strategy", "luck"], "--strategy luck"),
+        ([*GRID, *GOAL, "--budget", "1e20", "--error", "5"], "between 0 and 1"),
+        ([*GRID, *GOAL, "--budget", "1e20", "--emit", "x.toml"], "--emit needs --template"),
+        ([*GRID, *GOAL, "--budget", "1e20", "--loss", "x"], "name the table first"),
+        (["--candidates", "nowhere.csv", *GOAL, "--budget", "1e20"], "nowhere.csv: no such file"),
+        (["nowhere.csv", *GRID, *GOAL, "--budget", "1e20"], "nowhere.csv"),
+    ],
+)
+def test_bad_input_is_one_message_and_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("params,tokens\n", "no candidates"),
+        ("params,loss\n1,2\n", "no column for d"),
+        ("params,tokens,cost\n20M,400M,-5\n", "line 2, column 'cost': -5 is not positive"),
+        ("params,tokens\n20M,many\n", "line 2, column 'tokens'"),
+        ("params,tokens\n20M\n", "line 2, column 'tokens': empty"),
+    ],
+)
+def test_bad_candidate_files(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pool.csv"
+    path.write_text(text)
+    assert call("--candidates", path, *GOAL, "--budget", "1e20") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_everything_done_already(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(table, "--n-grid", "20M", "--d-grid", "400M", *GOAL, "--budget", "1e20") == 2
+    assert "all 1 are done already" in capsys.readouterr().err
+
+
+def test_a_template_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    emit = ["--emit", tmp_path / "next.toml", "--template", MINI]
+    assert call(*GRID, *GOAL, "--budget", "1e20", "--most", 1, *emit) == 2
+    assert "choose with --arm" in capsys.readouterr().err
+    tiny = ["--n-grid", "1K", "--d-grid", "1M", *GOAL, "--budget", "1e20", "--arm", "early"]
+    assert call(*tiny, *emit) == 2
+    assert "no width gives N = 1000" in capsys.readouterr().err
+    short = ["--n-grid", "100K", "--d-grid", "1K", *GOAL, "--budget", "1e20", "--arm", "early"]
+    assert call(*short, *emit) == 2
+    assert "make no study with this template" in capsys.readouterr().err
+    assert not (tmp_path / "next.toml").exists()
+
+
+def test_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom isofusion.cli.main import main\n"
+        "try: main(['suggest', '--n-grid', '50K,100K', '--d-grid', '1M,2M', '--target', '1M,9M', '--budget', '1e13',"
+        f" '--arm', 'early', '--emit', sys.argv[1], '--template', {str(MINI)!r}])\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "next.toml"
+        done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert path.is_file()

@@ -1,0 +1,265 @@
+"""Which runs next: the mathematics against brute force, the costs of branches, stop rules, and a small contest."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from isofusion.errors import InputError
+from isofusion.laws.candidates import Candidates, Prices, Target, place
+from isofusion.laws.design import Points, Spread, believe, calibrate, members, scale_of, slopes, to_params
+from isofusion.laws.forms import Params
+from isofusion.laws.suggest import STRATEGIES, Strategy, campaign, suggest
+from isofusion.laws.table import Runs
+
+SIZES, TOKENS = np.geomspace(2e7, 2e9, 5), np.geomspace(4e8, 4e10, 4)
+GOAL = Target.points([7e9, 2e10], [1.4e11, 4e11])
+
+
+@pytest.fixture(scope="module")
+def pool() -> Candidates:
+    return Candidates.grid(SIZES, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    """benchmarks/suggest.py as a module: the contest in small."""
+    path = Path(__file__).parents[2] / "benchmarks/suggest.py"
+    spec = importlib.util.spec_from_file_location("bench_suggest", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_suggest"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def points(n: object, d: object, trunk: list[str] | None = None) -> Points:
+    n_, d_ = np.asarray(n, dtype=float), np.asarray(d, dtype=float)
+    return Points(n_, d_, np.array(trunk or [f"t{i}" for i in range(len(n_))], dtype=np.str_))
+
+
+def phi_of(truth: Params, scale: object) -> np.ndarray:
+    phi = scale.to_theta(truth)[None]  # type: ignore[attr-defined]
+    phi[:, [2, 4]] = np.log(phi[:, [2, 4]])
+    return phi
+
+
+def test_without_misfit_it_is_the_textbook_posterior(truth: Params) -> None:
+    """Prior precision plus J'J/sigma^2, inverted; a further run is one more row."""
+    done, new = points(SIZES[[0, 2, 4]], TOKENS[[0, 2, 1]]), points(SIZES[:2], TOKENS[[1, 3]])
+    scale = scale_of(done, new)
+    phi, sigma = phi_of(truth, scale), 0.003
+    belief = believe(phi, done, new, (GOAL.n, GOAL.d), GOAL.weights, scale, Spread(0.0, sigma, 0.0))
+    at_goal = slopes(phi, GOAL.n, GOAL.d, scale)[0]
+    precision = np.diag([4.0, 1.0, 4.0, 1.0, 4.0])  # 1 / (0.5, 1, 0.5, 1, 0.5)^2
+    rows = [slopes(phi, done.n, done.d, scale)[0]]
+    for step in (0, 1):
+        j = np.concatenate(rows, axis=1)
+        cov = np.linalg.inv(precision + j @ j.T / sigma**2)
+        assert belief.variances()[0] == pytest.approx(np.mean(np.diag(at_goal.T @ cov @ at_goal)), rel=1e-4)
+        expected = belief.variances()[0] - belief.gains()[0, step]
+        belief.learn(step)
+        assert belief.variances()[0] == pytest.approx(expected, rel=1e-9)
+        rows.append(slopes(phi, new.n[[step]], new.d[[step]], scale)[0])
+
+
+def test_error_of_the_fit_with_misfit_and_trunk_luck_matches_simulation(truth: Params) -> None:
+    """Simulate laws with a smooth misfit and lucky trunks, fit by penalised least squares, compare the errors."""
+    done = points(np.repeat(SIZES, 2), np.tile(TOKENS[[0, 2]], 5), [f"t{i // 2}" for i in range(10)])
+    scale, spread = scale_of(done), Spread(0.01, 0.004, 0.02)
+    phi = phi_of(truth, scale)
+    goal = (GOAL.n, GOAL.d)
+    belief = believe(phi, done, done.select([0]), goal, GOAL.weights, scale, spread)
+    rng = np.random.default_rng(0)
+    draws = 40_000
+    n, d = np.concatenate([done.n, GOAL.n]), np.concatenate([done.d, GOAL.d])
+    apart = (np.log(n)[:, None] - np.log(n)) ** 2 + (np.log(d)[:, None] - np.log(d)) ** 2
+    smooth = np.exp(-0.5 * apart / np.log(10.0) ** 2)
+    misfit = rng.multivariate_normal(np.zeros(len(n)), spread.misfit**2 * smooth, draws, method="eigh")
+    parameters = rng.standard_normal((draws, 5)) * np.array([0.5, 1.0, 0.5, 1.0, 0.5])
+    j, j_goal = slopes(phi, done.n, done.d, scale)[0], slopes(phi, *goal, scale)[0]
+    luck = spread.trunk * rng.standard_normal((draws, 5))[:, np.repeat(np.arange(5), 2)]
+    seen = parameters @ j + misfit[:, :10] + luck + spread.branch * rng.standard_normal((draws, 10))
+    weight = 1.0 / (spread.run**2 + spread.misfit**2)
+    fitted = np.linalg.solve(np.diag([4.0, 1.0, 4.0, 1.0, 4.0]) + weight * j @ j.T, weight * j @ seen.T).T
+    wrong = fitted @ j_goal - parameters @ j_goal - misfit[:, 10:]
+    assert belief.variances()[0] == pytest.approx(np.mean(wrong**2), rel=0.03)
+
+
+def test_best_size_moves_with_the_law_as_its_formula_says(truth: Params) -> None:
+    scale = scale_of(points(SIZES, SIZES * 20))
+    phi = phi_of(truth, scale)
+    gradient = Target.at_compute([1e22], "n").gradient(scale)
+    assert gradient is not None
+    slope = gradient(phi)[0, :, 0]
+    total = float(truth.alpha + truth.beta)
+    assert slope[0] == pytest.approx(0.0, abs=1e-8)  # E does not move N*
+    assert slope[[1, 3]] == pytest.approx([1 / total, -1 / total], rel=1e-5)
+
+
+def test_members_are_the_prior_without_runs_and_close_in_with_them(truth: Params, pool: Candidates) -> None:
+    every = points(pool.n, pool.d)
+    scale = scale_of(every)
+    at = np.log(7e9), np.log(1.4e11)
+
+    def wide(rows: list[int]) -> float:
+        some = every.select(rows)
+        loss = np.log(truth.predict(some.n, some.d))
+        best, drawn = members(some, loss, scale, Spread(0.0, 0.003, 0.0), 64)
+        if len(rows) == len(every):
+            assert float(to_params(best, scale).predict(7e9, 1.4e11)) == pytest.approx(
+                float(truth.predict(7e9, 1.4e11)), rel=0.02
+            )
+        return float(np.std(np.log(to_params(drawn, scale).predict(np.exp(at[0]), np.exp(at[1])))))
+
+    spreads = [wide([]), wide([0, 5, 19]), wide([0, 3, 5, 9, 14, 16, 19]), wide(list(range(20)))]
+    assert spreads == sorted(spreads, reverse=True)
+    assert spreads[0] > 0.2
+    assert spreads[-1] < 0.02
+
+
+def test_misfit_shows_where_the_law_is_not_true(truth: Params, pool: Candidates) -> None:
+    every = points(pool.n, pool.d)
+    scale, start = scale_of(every), Spread(0.0, 0.003, 0.008)
+    rng = np.random.default_rng(1)
+    noise = 0.003 * rng.standard_normal(len(every))
+    a = float(truth.A) / every.n ** float(truth.alpha)
+    b = float(truth.B) / every.d ** float(truth.beta)
+    true = calibrate(every, np.log(float(truth.E) + a + b) + noise, scale, start)
+    bent = calibrate(every, np.log(float(truth.E) + (a**1.4 + b**1.4) ** (1 / 1.4)) + noise, scale, start)
+    assert true.misfit < 0.003
+    assert bent.misfit > 0.006
+    assert true.branch == pytest.approx(0.003, rel=0.5)
+
+
+def test_branches_of_one_trunk_share_its_prefix() -> None:
+    """k budgets cost 0.8 of the longest plus 0.2 of each, in whatever order they are chosen."""
+    runs = Candidates.grid([1e8, 1e9], [1e9, 2e9, 8e9], shared=True)
+    none, new = place(None, runs)
+    whole = sum(6 * n * (0.8 * 8e9 + 0.2 * 11e9) for n in (1e8, 1e9))
+    for order in ([0, 1, 2, 3, 4, 5], [5, 0, 4, 2, 3, 1]):
+        prices = Prices.of(runs.cost, new, none, True)
+        assert sum(prices.take(i) for i in order) == pytest.approx(whole)
+    done = Runs.of([1e8], [4e9], [3.0], group=["trunk a"])
+    old, new = place(done, runs)
+    price = Prices.of(runs.cost, new, old, True).now() / runs.cost
+    assert price == pytest.approx([0.2, 0.2, 1 - 0.8 / 2, 1, 1, 1])
+    assert set(new.trunk[:3]) == {"trunk a"}
+    alone = Candidates.grid([1e8], [1e9, 2e9])
+    assert Prices.of(alone.cost, place(None, alone)[1], none, False).now() == pytest.approx(alone.cost)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_campaign_keeps_to_its_budget_and_repeats_nothing(truth: Params, strategy: Strategy, shared: bool) -> None:
+    runs = Candidates.grid(SIZES, TOKENS, shared=shared)
+    rng = np.random.default_rng(0)
+    loss = truth.predict(runs.n, runs.d) * np.exp(0.003 * rng.standard_normal(len(runs)))
+    budget = 0.1 * runs.cost.sum()
+    end = campaign(strategy, runs, GOAL, budget, lambda i: float(loss[i]))
+    assert 0 < end.spent <= budget * (1 + 1e-6)
+    assert len(set(end.chosen)) == len(end.chosen) >= 5
+    assert end.log_loss == pytest.approx(np.log(loss[list(end.chosen)]))
+    _, at = place(None, runs)
+    prices = Prices.of(runs.cost, at, at.select([]), shared)
+    assert sum(prices.take(i) for i in end.chosen) == pytest.approx(end.spent)
+
+
+def test_a_first_design_is_cheap_and_spread(pool: Candidates) -> None:
+    plan = suggest(None, pool, GOAL, 1e20)
+    assert plan.done == 0
+    assert [p.cost for p in plan.picks] == sorted(p.cost for p in plan.picks)
+    assert plan.after < 0.2 * plan.before
+    assert plan.after == plan.picks[-1].error
+    assert plan.spent == pytest.approx(plan.picks[-1].spent)
+    assert plan.spent <= 1e20
+    first = plan.picks[:4]
+    assert sum(p.cost for p in first) < 0.1 * 1e20
+    assert len({round(np.log(p.n), 3) for p in first}) >= 2
+    assert len({round(np.log(p.d), 3) for p in first}) >= 2
+
+
+def test_stop_rules(pool: Candidates) -> None:
+    every = suggest(None, pool, GOAL, 1e20)
+    few = suggest(None, pool, GOAL, 1e20, most=3)
+    assert len(few.picks) == 3
+    assert few.stopped == "3 runs chosen"
+    level = 2.0 * every.after
+    enough = suggest(None, pool, GOAL, 1e20, wanted=level)
+    assert enough.after <= level
+    assert enough.spent < every.spent
+    assert "expected error at or below" in enough.stopped
+    thrifty = suggest(None, pool, GOAL, 1e20, least=0.05)
+    assert thrifty.spent < every.spent
+    assert "help enough" in thrifty.stopped
+
+
+def test_done_runs_count_and_are_not_suggested_again(truth: Params, pool: Candidates) -> None:
+    rows = np.arange(0, 20, 3)
+    done = Runs.of(pool.n[rows], pool.d[rows] * 1.01, truth.predict(pool.n[rows], pool.d[rows]))
+    left = pool.not_in(done)
+    assert len(left) == len(pool) - len(rows)
+    plan = suggest(done, left, GOAL, 1e20, noise=0.003)
+    assert plan.before < 0.2 * suggest(None, pool, GOAL, 1e20).before
+    assert plan.spread.run == pytest.approx(0.003)
+    same = suggest(done, left, GOAL, 1e20, noise=0.003)
+    assert [p.index for p in same.picks] == [p.index for p in plan.picks]
+
+
+def test_seeds_tell_the_noise(truth: Params) -> None:
+    """Equal runs with other seeds, 2 % apart: the design reckons with that and not with its guess of 0.3 %."""
+    n, d = np.repeat(SIZES, 4), np.tile(np.repeat(TOKENS[:2], 2), 5)
+    rng = np.random.default_rng(3)
+    loss = truth.predict(n, d) * np.exp(0.02 * rng.standard_normal(20))
+    more = Runs.of([3e8], [3.9e10], [float(truth.predict(3e8, 3.9e10))])
+    runs = Runs.of(
+        np.append(n, more.n), np.append(d, more.d), np.append(loss, more.loss), seed=[str(i % 2) for i in range(21)]
+    )
+    plan = suggest(runs, Candidates.grid(SIZES, TOKENS[3:]), GOAL, 1e21)
+    assert 0.01 < plan.spread.run < 0.04
+
+
+def test_target_of_best_size_shrinks_too(pool: Candidates) -> None:
+    plan = suggest(None, pool, Target.at_compute([1e22], "n"), 1e20)
+    assert plan.after < 0.5 * plan.before
+
+
+def test_bad_input_is_refused(pool: Candidates) -> None:
+    for call, message in (
+        (lambda: suggest(None, pool, GOAL, 1e10), "pays for none of 20 candidates"),
+        (lambda: suggest(None, pool, GOAL, -1.0), "positive FLOPs"),
+        (lambda: suggest(None, pool, GOAL, 1e20, most=0), "at least one"),
+        (lambda: suggest(None, pool, GOAL, 1e20, wanted=2.0), "between 0 and 1"),
+        (lambda: suggest(None, pool, GOAL, 1e20, noise=-0.1), "relative spread"),
+        (lambda: suggest(None, pool, GOAL, 1e20, strategy="best"), "choose suggest, random"),  # type: ignore[arg-type]
+        (lambda: Candidates.of([], []), "no candidates"),
+        (lambda: Candidates.of([1e8, 1e9], [1e9]), "must be equal"),
+        (lambda: Candidates.of([1e8, -1.0], [1e9, 1e9]), "row 2: -1"),
+        (lambda: Candidates.of([1e8], [1e9], [-3.0]), "cost must be"),
+        (lambda: Candidates.grid(np.geomspace(1e6, 1e9, 60), np.geomspace(1e6, 1e9, 60)), "coarser"),
+        (lambda: Target.points([1e9], [1e9, 2e9]), "equally many"),
+        (lambda: Target.points([1e9], [1e9], [0.0]), "weights"),
+        (lambda: Target.at_compute([]), "positive FLOPs"),
+        (lambda: Target.at_compute([1e22], "d"), "choose 'loss' or 'n'"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_small_contest(bench: ModuleType) -> None:
+    """Two seeds of benchmarks/suggest.py, where the law is not quite true: the measured margins there are wide."""
+    table = bench.run("p-norm", list(STRATEGIES), 2, 0.15, 8)["strategies"]
+    mine = table.pop("suggest")
+    whole = table.pop("whole pool")
+    assert mine["share"] <= 0.15 + 1e-9
+    assert mine["unidentified"] == 0
+    assert mine["ratio"] < 2.0
+    assert whole["ratio"] == 1.0
+    for name, other in table.items():
+        assert mine["expected"] < other["expected"], name
