@@ -98,7 +98,7 @@ class ModelConfig(Frozen):
 class SourceConfig(Frozen):
     """One source of samples. `weight` is its share of rows (the paper's sampling probability)."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^:\s]+$")]  # a colon would end it in the keys of samples
     domain: Literal["caption", "interleaved", "text"]
     format: Literal["world", "webdataset", "interleaved", "text"]  # files tell parquet from tar, gz from zst
     weight: Positive

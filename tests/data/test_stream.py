@@ -17,6 +17,7 @@ from isofusion.data import endless, finite, stream
 from isofusion.data.sample import Image, Sample, Text
 from isofusion.data.stream import Stream
 from isofusion.errors import InputError
+from isofusion.evaluate.losses import document_of
 
 WORDS = [f"word{i}" for i in range(200)]
 
@@ -398,3 +399,22 @@ def test_the_world_itself():
     assert len(Stream(data, 0, "val", 4).val_lookups("caption")) > 0
     assert s.tokenizer.vocab_size == 512
     assert endless.split_seed("train", 3) == 6
+
+
+def test_samples_whose_keys_hold_colons_and_digits_stay_apart(files, corpus):
+    """`a:1` and `a:2` are two documents, not two pieces of `a`; pieces of a long one still are one document."""
+    pairs = [
+        (f"a:{i}.{kind}", data) for i in (1, 2) for kind, data in (("png", files.image(i)), ("txt", b"word1 word2"))
+    ]
+    pairs += [("a%3A1.png", files.image(3)), ("a%3A1.txt", b"word3 " * 80)]
+    files.tar(corpus / "c-train.tar", pairs)
+    s = Stream(config(corpus), 5, "train", 4)
+    keys = {k for step in range(6) for k in s.batch(step).keys if k.startswith("cap:0:")}
+    assert len({document_of(k) for k in keys}) == 3
+    assert len(keys) > 3  # the long one was cut
+
+
+@pytest.mark.parametrize("name", ["a:b", "", "a b"])
+def test_a_source_name_that_would_break_keys_is_refused(name):
+    with pytest.raises(ValueError, match="name"):
+        SourceConfig(name=name, domain="text", format="text", weight=1)

@@ -10,10 +10,24 @@ import pytest
 
 from isofusion.config import WorldConfig
 from isofusion.data.sample import Image
-from isofusion.data.world import World, interleaved, text
+from isofusion.data.world import World, interleaved, scene, text
 from isofusion.data.world.document import Document
 from isofusion.data.world.scene import Renderer
-from isofusion.data.world.vocab import FUSION_AFTER, FUSION_BEFORE, MOD, TONE
+from isofusion.data.world.vocab import (
+    ATTRIBUTE,
+    CHOICE,
+    COLOUR,
+    COUNT,
+    FUSION_AFTER,
+    FUSION_BEFORE,
+    GRAMMAR,
+    LOOKUP,
+    MOD,
+    NUMERAL,
+    REFERENCE,
+    SPATIAL,
+    TONE,
+)
 
 SCENE_LABELS = ("count", "cell", "bar", "sign", "digit", "entity", "colour")
 TONES = tuple(range(MOD))
@@ -67,15 +81,15 @@ class Remembering(Renderer):
 class Limited(Document):
     limit = 0
 
-    def put(self, token, kind, nats=0.0):
-        super().put(token, kind, nats)
+    def put(self, token, kind, nats=0.0, blind=0.0):
+        super().put(token, kind, nats, blind)
         self.limit -= 1
         if self.limit == 0:
             raise Stop
 
 
 def enumerate_all(world, domain, pinned, limit):
-    """Yields (probability, [(event, nats or None, class or None)]) of each path.
+    """Yields (probability, [(event, nats or None, class or None, nats given the text alone or None)]) of each path.
 
     An event is a token, "eos" or an image's bytes.
     """
@@ -90,14 +104,15 @@ def enumerate_all(world, domain, pinned, limit):
         except Stop:
             whole = False
         sample = doc.finish("")
-        events = []
+        events, blind = [], sample.meta["text_nats"].tolist()
         for s in sample.segments:
             if isinstance(s, Image):
-                events.append((s.pixels.tobytes(), None, None))
+                events.append((s.pixels.tobytes(), None, None, None))
             else:
-                events += list(zip(s.ids.tolist(), s.oracle.tolist(), s.token_class.tolist(), strict=True))
+                some, blind = blind[: len(s.ids)], blind[len(s.ids) :]
+                events += list(zip(s.ids.tolist(), s.oracle.tolist(), s.token_class.tolist(), some, strict=True))
         if whole:
-            events.append(("eos", sample.meta["eos_oracle"], sample.meta["eos_class"]))
+            events.append(("eos", sample.meta["eos_oracle"], sample.meta["eos_class"], *blind))
         yield chooser.p, events
         del script[chooser.at :]
         while script and script[-1] + 1 == chooser.wide[len(script) - 1]:
@@ -114,7 +129,7 @@ def check(world, domain, pinned, limit):
     for p, events in enumerate_all(world, domain, pinned, limit):
         total, paths = total + p, paths + 1
         history = ()
-        for event, nats, _ in events:
+        for event, nats, *_ in events:
             step = (history, event)
             mass[step] += p
             if nats is not None:
@@ -128,21 +143,23 @@ def check(world, domain, pinned, limit):
     return paths, len(stated)
 
 
-def text_alone(world, domain, pinned, limit):
-    """{class: set of P(event | text before, images blanked)} over every event of the classes that need the image."""
-    mass, among, kinds = defaultdict(float), defaultdict(float), {}
+def text_alone(world, domain, pinned, limit, classes):
+    """{class: [(P(event | text before, images blanked), what the writer says)]} over every event of these classes."""
+    mass, among, kinds = defaultdict(float), defaultdict(float), defaultdict(set)
     for p, events in enumerate_all(world, domain, pinned, limit):
         history = ()
-        for event, nats, kind in events:
+        for event, nats, kind, blind in events:
             step = (history, event if nats is not None else "[image]")
             mass[step] += p
-            if kind in (FUSION_AFTER, FUSION_BEFORE, TONE):
+            if nats is not None:
                 among[history] += p
-                kinds[step] = kind
+                if kind in classes:
+                    kinds[step].add((kind, math.exp(-blind)))
             history = hash(step)
     found = defaultdict(list)
-    for step, kind in kinds.items():
-        found[kind].append(mass[step] / among[step[0]])
+    for step, said in kinds.items():
+        for kind, chance in said:
+            found[kind].append((mass[step] / among[step[0]], chance))
     return found
 
 
@@ -166,22 +183,23 @@ def test_captions_describe_three_entities_in_any_order(tiny):
 
 
 def test_captions_to_the_end_with_questions_after(tiny):
-    paths, events = check(tiny, "caption", STILL | {"structure": (0,), "entity": (0, 1), "bar": (0, 2)}, 0)
+    paths, events = check(tiny, "caption", STILL | {"structure": (0,), "entity": (0, 1, 2), "bar": (0, 1)}, 0)
     assert paths > 1000
     assert events > 1000
 
 
 def test_captions_to_the_end_with_questions_before(tiny):
-    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1,), "bar": (2,)}, 22)[0] > 1000
+    assert check(tiny, "caption", STILL | {"count": (1,), "structure": (1,), "bar": (1,)}, 22)[0] > 1000
 
 
 def test_captions_over_all_tones_with_questions_before_and_after(tiny):
-    assert check(tiny, "caption", STILL | {"bar": TONES, "structure": (0, 1)}, 0)[0] > 2000
+    assert check(tiny, "caption", STILL | {"bar": TONES, "structure": (0, 1), "entity": (0, 1, 2)}, 0)[0] > 2000
 
 
 def test_without_the_image_tones_and_fusion_answers_are_uniform(tiny, monkeypatch):
-    """Exactly 1/3 each whatever the text said before: fusion costs log 3 to a reader of text alone, never less."""
-    found = text_alone(tiny, "caption", STILL | {"bar": TONES, "structure": (0, 1)}, 0)
+    """Exactly 1/m each whatever the text said before: fusion costs log m to a reader of text alone, never less."""
+    answers = (FUSION_AFTER, FUSION_BEFORE, TONE)
+    found = text_alone(tiny, "caption", STILL | {"bar": TONES, "structure": (0, 1), "entity": (0, 1, 2)}, 0, answers)
     monkeypatch.setattr(interleaved, "MAX_EXTRAS", 1)
     monkeypatch.setattr(interleaved, "P_END", (0.0, 0.0, 1.0))
     monkeypatch.setattr(
@@ -189,30 +207,66 @@ def test_without_the_image_tones_and_fusion_answers_are_uniform(tiny, monkeypatc
     )
     # two images, a remark each: questions after the image in text order, and looking back
     monkeypatch.setattr(interleaved, "P_ASK_FIRST", 0.0)
-    after = text_alone(tiny, "interleaved", STILL | {"bar": TONES}, 0)
+    after = text_alone(tiny, "interleaved", STILL | {"bar": TONES, "entity": (0, 1)}, 0, answers)
     # one or two questions before the first image, then a remark on it
     monkeypatch.setattr(interleaved, "P_ASK_FIRST", 1.0)
-    before = text_alone(tiny, "interleaved", STILL | {"bar": TONES, "structure": (0, 1)}, 17)
+    before = text_alone(tiny, "interleaved", STILL | {"bar": TONES, "structure": (0, 1), "entity": (0, 1)}, 17, answers)
     assert set(found) == {FUSION_AFTER, FUSION_BEFORE, TONE}
     assert set(after) == {FUSION_AFTER, TONE}
     assert set(before) == {FUSION_AFTER, FUSION_BEFORE, TONE}
     for by_class in (found, after, before):
         for chances in by_class.values():
-            assert len(chances) > 50
-            np.testing.assert_allclose(chances, 1 / MOD, rtol=1e-9)
+            assert len(chances) >= 40  # m = 2: two operands, two sides, two answers, with and without a sum before
+            np.testing.assert_allclose(chances, 1 / MOD, rtol=1e-6)
+
+
+def nothing_but(extra):
+    return tuple((w if i in (interleaved.STOP_, extra) else 0.0, n) for i, (w, n) in enumerate(EXTRAS))
+
+
+@pytest.mark.parametrize(
+    ("domain", "free", "classes", "limit"),
+    [
+        ("caption", {"count": tuple(range(6))}, (COUNT,), 3),
+        ("caption", {"colour": tuple(range(6)), "count": (2,)}, (COLOUR,), 12),
+        ("caption", {"entity": (0, 1, 2, 3), "count": (1,)}, (LOOKUP, REFERENCE), 11),
+        ("caption", {"sign": (0, 1), "digit": tuple(range(10))}, (GRAMMAR, NUMERAL, ATTRIBUTE), 9),
+        ("interleaved", {"cell": tuple(range(9)), "count": (1,), "colour": (0, 1)}, (SPATIAL,), 20),
+        ("interleaved", {"sign": (0, 1), "digit": (2, 3)}, (GRAMMAR, CHOICE), 9),
+    ],
+)
+def test_nats_of_the_text_alone(tiny, monkeypatch, domain, free, classes, limit):
+    """`text_nats` against brute force with images blanked: what may vary in the scene is named, the rest stands still.
+
+    Two relations of one picture depend on each other; the digit's own chance is left out where only two digits occur.
+    """
+    monkeypatch.setattr(interleaved, "P_END", (0.0, 1.0))
+    monkeypatch.setattr(interleaved, "P_ASK_FIRST", 0.0)
+    monkeypatch.setattr(interleaved, "MAX_EXTRAS", 2)
+    monkeypatch.setattr(interleaved, "EXTRAS", nothing_but(interleaved.FROM_ if "cell" in free else interleaved.STOP_))
+    if "cell" in free:  # two colours, so that either entity may be the red one
+        monkeypatch.setattr(scene, "TILE_RGB", scene.TILE_RGB[:2])
+    found = text_alone(tiny, domain, STILL | {"structure": (0,)} | free, limit, classes)
+    assert {SPATIAL, COUNT, COLOUR, LOOKUP, NUMERAL, GRAMMAR} & set(found) == {SPATIAL, COUNT, COLOUR, LOOKUP, NUMERAL,
+        GRAMMAR} & set(classes)  # fmt: skip
+    for pairs in found.values():
+        true, said = np.array(pairs).T
+        np.testing.assert_allclose(said, true, rtol=1e-5)
+    if classes == (SPATIAL,):
+        assert max(a for a, _ in found[SPATIAL]) > 0.999  # the way back follows from the way there
 
 
 def test_interleaved_extras_nicknames_and_references(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "MAX_EXTRAS", 1)
     monkeypatch.setattr(interleaved, "P_ASK_FIRST", 0.0)
     monkeypatch.setattr(interleaved, "P_END", (0.0, 0.3, 1.0))
-    assert check(tiny, "interleaved", STILL | {"bar": (0, 2)}, 0)[0] > 2000
+    assert check(tiny, "interleaved", STILL | {"bar": (0, 1)}, 0)[0] > 2000
 
 
 def test_interleaved_questions_before_and_the_end(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "MAX_EXTRAS", 0)
     monkeypatch.setattr(interleaved, "P_END", (0.0, 0.3, 1.0))
-    assert check(tiny, "interleaved", STILL | {"structure": (0, 1), "bar": (1, 2)}, 0)[0] > 1000
+    assert check(tiny, "interleaved", STILL | {"structure": (0, 1), "bar": (0, 1)}, 0)[0] > 1000
 
 
 def test_interleaved_two_entities_two_extras(tiny):
@@ -233,7 +287,9 @@ def test_text_facts_sums_and_the_end(tiny, monkeypatch):
 def test_brute_force_notices_a_wrong_oracle(tiny, monkeypatch):
     """The check itself must be able to fail: price a certain word at 0.1 nats."""
     put = Limited.put
-    monkeypatch.setattr(Limited, "put", lambda self, token, kind, nats=0.0: put(self, token, kind, nats + 0.1))
+    monkeypatch.setattr(
+        Limited, "put", lambda self, token, kind, nats=0.0, blind=0.0: put(self, token, kind, nats + 0.1)
+    )
     with pytest.raises(AssertionError):
         check(tiny, "caption", STILL | {"structure": (0,)}, 6)
 

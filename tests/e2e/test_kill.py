@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,3 +163,35 @@ def test_kill_9_and_resume_is_bit_equal(tmp_path: Path) -> None:
     for name in branches:
         first, second = (json.loads((root / "runs" / name / "eval.json").read_text()) for root in (whole, cut))
         assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
+
+
+@pytest.mark.timeout(600)
+def test_a_damaged_fork_of_a_finished_trunk_is_trained_again(tmp_path: Path) -> None:
+    toml, cache = tmp_path / "tiny.toml", tmp_path / "cache"
+    toml.write_text(STUDY.partition('[[arms]]\nname = "early-moe"')[0])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(toml, whole, cache)
+    shutil.copytree(whole, cut)
+    trunk, short, long = (f"early-s16-s0-{part}" for part in ("trunk", "d40", "d80"))
+    shutil.rmtree(cut / "runs" / long)
+    rotten = cut / "runs" / trunk / "checkpoints" / "step_64" / "model.safetensors"
+    data = rotten.read_bytes()
+    rotten.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    finish(toml, cut, cache)
+
+    said = [x for x in (tmp_path / "cut.log").read_text().splitlines() if "training it again" in x]
+    assert len(said) == 1
+    assert said[0].startswith(f"{trunk}: its checkpoint step_64,")
+    assert rotten.read_bytes() == data
+    lines = [(root / "runs" / trunk / "metrics.jsonl").read_bytes().splitlines() for root in (whole, cut)]
+    assert lines[0][:32] == lines[1][:32]  # with the very times they took: it went on from step_32
+    assert lines[0][32:] != lines[1][32:]
+    for name in (trunk, long):
+        assert metrics(whole / "runs" / name) == metrics(cut / "runs" / name)
+        a, b = weights(whole / "runs" / name), weights(cut / "runs" / name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    first, second = (json.loads((root / "runs" / long / "eval.json").read_text()) for root in (whole, cut))
+    assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
+    for path in (whole / "runs" / short).rglob("*"):  # a finished branch is left as it was
+        if path.is_file():
+            assert path.read_bytes() == (cut / path.relative_to(whole)).read_bytes(), path

@@ -2,7 +2,7 @@
 
 Behaviour by environment: FAKE_DIE / FAKE_FAIL / FAKE_BAD / FAKE_TERM = name of the run to kill (once), fail, reject or
 tell to stop;
-FAKE_STEP = seconds per step.
+FAKE_STEP = seconds per step; FAKE_ROT = name of the trunk whose forks never read back whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ import time
 from pathlib import Path
 
 from isofusion.errors import InputError, RunFailure
+
+
+class LostFork(RunFailure):
+    kind = "fork"
 
 
 def loss_of(step: int) -> float:
@@ -31,7 +35,10 @@ def train_run(config, folder: Path, runs_root: Path, *, threads: int, on_event=N
         raise InputError("data/figures: 12 of 20 samples are bad")
     (folder / "run.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "digest": config.digest()}))
     if config.kind == "branch":
-        assert (runs_root / config.parent / "checkpoints" / f"step_{config.start_step}").is_dir()
+        fork = runs_root / config.parent / "checkpoints" / f"step_{config.start_step}"
+        assert fork.is_dir()
+        if (fork / "damaged").exists() or os.environ.get("FAKE_ROT") == config.parent:
+            raise LostFork(f"{fork} is damaged")
     saved = [int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")]
     first = max(saved, default=config.start_step)
     path = folder / "metrics.jsonl"

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +41,41 @@ def test_costs_every_run(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found.sources == [{"name": "captions", "epochs": None, "unique_tokens": found.sources[0]["unique_tokens"]}]
     assert found.problems == []
     assert not (tmp_path / "out").exists()
+
+
+WITHOUT_EXTRA = """
+import sys
+EXTRA = {"torch", "PIL", "tokenizers", "zstandard", "safetensors", "psutil"}  # pyproject.toml: [train]
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in EXTRA else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from isofusion.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_planning_needs_only_the_base_dependencies(toml: Path, tmp_path: Path) -> None:
+    def isofusion(*arguments: str, cache: str = "empty") -> str:
+        command = [sys.executable, "-c", WITHOUT_EXTRA, *arguments]
+        environment = {**os.environ, "ISOFUSION_CACHE": str(tmp_path / cache)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "study" in isofusion("--help")
+    isofusion("study", "lock", str(toml), "--out", str(tmp_path / "out"))
+    estimated = json.loads(isofusion("study", "estimate", str(toml), "--jobs", "1", "--json"))
+    assert any("it needs torch: pip install 'isofusion[train]'" in note for note in estimated["notes"])
+    with pytest.MonkeyPatch.context() as patch:  # the same numbers as with everything installed
+        patch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+        full = estimate(StudySpec.from_toml(toml), out=tmp_path / "out", jobs=1, threads=1, probe=False).as_json()
+    assert estimated["runs"] == full["runs"]
+    assert estimated["sources"] == full["sources"]
+    # blocks that a full install has kept do not get in the way
+    assert json.loads(isofusion("study", "estimate", str(toml), "--jobs", "1", "--json", cache="cache")) == estimated
 
 
 def test_the_probe_is_measured_once(toml: Path, tmp_path: Path, fake: str, monkeypatch: pytest.MonkeyPatch) -> None:

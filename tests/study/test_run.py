@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,8 +17,9 @@ from rich.console import Console
 
 from isofusion.errors import InputError, RunFailure
 from isofusion.study import ledger
+from isofusion.study.holder import only_one
 from isofusion.study.progress import make_progress
-from isofusion.study.run import Interrupted, only_one, run_study, thread_budget
+from isofusion.study.run import Interrupted, run_study, thread_budget
 from isofusion.study.spec import StudySpec
 
 COUNTS = dict.fromkeys(ledger.COUNTS, 1000)
@@ -192,6 +194,80 @@ def test_a_dead_holder_does_not_block_but_its_workers_do(tmp_path: Path) -> None
     orphan.wait()
     with only_one(tmp_path, wait=5):
         pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell when a process started")
+def test_a_reused_process_number_is_not_the_holder(tmp_path: Path) -> None:
+    with only_one(tmp_path) as fd:
+        assert len((tmp_path / "study.pid").read_text().split()) == 2
+        orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(fd,))
+    for written, message in (
+        (f"{os.getpid()} 1", "workers of an earlier run"),  # this process lives, but did not start at tick 1
+        (f"{os.getpid()}", f"process {os.getpid()} is running"),  # an older isofusion: the number alone
+        ("", "workers of an earlier run"),
+    ):
+        (tmp_path / "study.pid").write_text(written)
+        with pytest.raises(InputError, match=message), only_one(tmp_path, wait=0.1):
+            pass
+    orphan.kill()
+    orphan.wait()
+
+
+def unfinish(out: Path, *branches: str) -> None:
+    for name in branches:
+        shutil.rmtree(out / "runs" / name)
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_lost_fork_of_a_finished_trunk_is_trained_again(
+    toml: Path, tmp_path: Path, fake: str, how: str, jobs: int
+) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    run(spec, out, fake)
+    trunk, short = spec.runs()[:2]
+    files = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/metrics.jsonl")}
+    rows = ledger.results(out)
+    fork = out / "runs" / trunk.name / "checkpoints" / f"step_{short.start_step}"
+    if how == "damaged":
+        (fork / "damaged").touch()
+    else:
+        fork.rmdir()
+    unfinish(out, short.name)
+    text = run(spec, out, fake, resume=True, jobs=jobs)
+    said = [line for line in text.splitlines() if "training it again" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"{trunk.name}: its checkpoint step_{short.start_step}, which an unfinished branch")
+    assert "failed" not in text
+    assert all((out / "runs" / r.name / "DONE").exists() for r in spec.runs())
+    assert ledger.results(out) == rows
+    for config in spec.runs():
+        assert steps(out, config.name) == list(range(config.start_step + 1, config.end_step + 1))
+    touched = {path.parent.name for path, then in files.items() if path.stat().st_mtime_ns != then}
+    assert touched == {trunk.name, short.name}  # finished branches, the longer one of this trunk too, were left alone
+
+
+def test_both_forks_lost(toml: Path, tmp_path: Path, fake: str) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    run(spec, out, fake)
+    trunk, *branches = spec.runs()[:3]
+    shutil.rmtree(out / "runs" / trunk.name / "checkpoints")
+    unfinish(out, *(branch.name for branch in branches))
+    assert run(spec, out, fake, resume=True).count("training it again") == 1
+    assert len(ledger.results(out)) == 6
+
+
+def test_a_fork_that_rots_again_and_again_fails_its_branches(
+    toml: Path, tmp_path: Path, fake: str, monkeypatch
+) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    trunk = spec.runs()[0].name
+    monkeypatch.setenv("FAKE_ROT", trunk)
+    with pytest.raises(RunFailure, match=r"2 of 9 runs did not finish(.|\n)*is damaged"):
+        run(spec, out, fake)
+    monkeypatch.delenv("FAKE_ROT")
+    run(spec, out, fake, resume=True)
+    assert len(ledger.results(out)) == 6
 
 
 def test_a_worker_stops_when_its_pool_is_gone(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:

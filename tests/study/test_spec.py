@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,9 @@ def test_ready_studies_are_valid(path: Path) -> None:
 
 
 def test_an_override_that_every_size_hides_is_refused(tmp_path: Path) -> None:
-    toml = Path(__file__).parents[2] / "studies" / "world-mini.toml"
+    ready = Path(__file__).parents[2] / "studies" / "world-mini.toml"
+    toml = tmp_path / "study.toml"
+    toml.write_text(re.sub(r"^(s\d+ = \{.*) \}$", r"\1, lr = 5e-3 }", ready.read_text(), flags=re.MULTILINE))
     with pytest.raises(InputError, match=r"--set train\.lr=0\.01: every size of every arm sets its own lr"):
         StudySpec.from_toml(toml, overrides=["train.lr=0.01"])
     spec = StudySpec.from_toml(toml, overrides=["arms.early.sizes.s16.lr=0.01"])

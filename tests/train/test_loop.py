@@ -24,7 +24,7 @@ from isofusion.data.batch import PackedBatch  # noqa: E402
 from isofusion.data.pack import Piece, build  # noqa: E402
 from isofusion.errors import InputError, RunFailure  # noqa: E402
 from isofusion.train import checkpoint  # noqa: E402
-from isofusion.train.loop import build_decoder, train_run  # noqa: E402
+from isofusion.train.loop import LostFork, build_decoder, train_run  # noqa: E402
 from isofusion.train.metrics import read_metrics  # noqa: E402
 from isofusion.train.schedule import lr_factor  # noqa: E402
 
@@ -345,7 +345,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 
 
 def test_branch_needs_its_parent_and_the_same_model(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunFailure, match=r"needs the fork checkpoint step_8 of its trunk early-s-s3-trunk"):
+    with pytest.raises(LostFork, match=r"needs the fork checkpoint step_8 of its trunk early-s-s3-trunk"):
         train(tmp_path, config("branch"))
     train(tmp_path, config())
     with pytest.raises(InputError, match=r"model\.ffn_multiple: 16, now 32"):

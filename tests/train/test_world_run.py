@@ -57,7 +57,9 @@ def test_evaluation_stands_beside_the_truth(results: dict[str, tuple[RunConfig, 
         caption, text = record["domains"]["caption"], record["domains"]["text"]
         assert caption["bound"] > caption["oracle"]  # names never seen in training
         assert text["bound"] == text["oracle"]  # no name is read off a glyph
-        assert caption["blind"] is not None
+        assert caption["text_oracle"] > caption["oracle"] + 0.5  # names, colours, tones: the images tell much
+        assert text["text_oracle"] == pytest.approx(text["oracle"], abs=1e-5)
+        assert caption["blind"] > caption["text_oracle"]
         assert text["blind"] is text["shuffled"] is None
         asked = record["classes"]["caption/fusion-after"]
         assert asked["chance"] == pytest.approx(CHANCE["fusion-after"])

@@ -8,6 +8,7 @@ is a JSON head with the statistics of its rows and a zstd frame; measured 1.3 MB
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import struct
@@ -23,7 +24,7 @@ from isofusion.data.images import to_patches
 from isofusion.data.order import permutation
 from isofusion.data.pack import Piece, Rows, finish, largest_prefix
 from isofusion.data.sample import DOMAINS, Image, Sample
-from isofusion.errors import InputError, RunFailure
+from isofusion.errors import InputError
 
 BLOCK = 64  # rows
 MAGIC = b"isoblk1\n"
@@ -63,6 +64,8 @@ class WorldSource:
         return self.folder / f"{b // 1000:04d}" / f"{b:07d}.blk"
 
     def _load_or_build(self, b: int) -> Rows:
+        if importlib.util.find_spec("zstandard") is None:  # planning without the [train] extra: nothing is kept
+            return self._build(b)
         path = self._path(b)
         if (rows := self._load(path)) is not None:
             return rows
@@ -136,6 +139,7 @@ class WorldSource:
             token_class=np.concatenate(classes).astype(np.uint8),
             oracle=np.concatenate(oracle).astype(np.float32),
             exposures=int(exposures) if np.ndim(exposures) == 0 else len(exposures),
+            text_nats=float(np.sum(meta.get("text_nats", 0.0), dtype=np.float64)),
             lookups=np.asarray(meta.get("lookups", ()), np.int64).reshape(-1),
         )
 
@@ -200,14 +204,6 @@ def _code(world: Any) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
 
 
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise RunFailure("the world needs zstandard; install isofusion[train]") from error
-    return zstandard
-
-
 def _encode(rows: Rows) -> bytes:
     b = rows.batch
     flat = np.concatenate([np.zeros(0, np.int64), *rows.lookups])
@@ -224,13 +220,16 @@ def _encode(rows: Rows) -> bytes:
     }
     text = json.dumps(head).encode()
     payload = b"".join(np.ascontiguousarray(a).tobytes() for a in [*arrays, flat])
-    packed = _zstandard().ZstdCompressor(level=1, write_checksum=True).compress(payload)
+    import zstandard
+
+    packed = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(payload)
     return MAGIC + struct.pack("<I", len(text)) + text + packed
 
 
 def _decode(data: bytes, config: DataConfig, domain: int) -> Rows:
     """Inverse of `_encode`. Raises ValueError for a damaged file."""
-    zstandard = _zstandard()
+    import zstandard
+
     try:
         if data[:8] != MAGIC:
             raise ValueError("not a block")
@@ -255,5 +254,6 @@ def _decode(data: bytes, config: DataConfig, domain: int) -> Rows:
         domain=np.full(total, domain, np.uint8), **named,
     )  # fmt: skip
     exposures = np.array(head["statistics"]["exposures"], np.int64)
+    text_nats = np.array(head["statistics"]["text_nats"], np.float64)
     lookups = np.split(arrays[-1], np.cumsum(head["lookups"])[:-1])
-    return Rows(batch, np.array(head["patch_ptr"]), np.array(head["doc_ptr"]), exposures, lookups)
+    return Rows(batch, np.array(head["patch_ptr"]), np.array(head["doc_ptr"]), exposures, text_nats, lookups)

@@ -250,7 +250,8 @@ class FiniteSource:
             at = end
         if self.last[p]:
             ids[-1] = self.tokenizer.eos_id
-        key = f"{self.name}:{epoch}:{self.documents.key(d)}"
+        sample = self.documents.key(d).replace("%", "%25").replace(":", "%3A")  # a colon opens the next part
+        key = f"{self.name}:{epoch}:{sample}"
         if self.piece_ptr[d + 1] - self.piece_ptr[d] > 1:
             key += f":{p - int(self.piece_ptr[d])}"
         return Piece(key, ids, image, self.images.patches(d, int(self.i[p]), int(self.j[p])))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -120,6 +121,7 @@ class Piece:
     token_class: np.ndarray | None = None  # u8[L], of the token at the slot
     oracle: np.ndarray | None = None  # f32[L], of the token at the slot
     exposures: int = 0  # entity lookups a learner sees (world)
+    text_nats: float = 0.0  # -log p of all its targets given the text alone (world)
     lookups: np.ndarray | None = None  # i64[...] entities asked for (world)
 
 
@@ -131,14 +133,15 @@ class Rows:
     patch_ptr: np.ndarray  # i64[R+1]
     doc_ptr: np.ndarray  # i64[R+1]
     exposures: np.ndarray  # i64[R]
+    text_nats: np.ndarray  # f64[R]
     lookups: list[np.ndarray] = field(default_factory=list)  # R arrays of entities
 
     @property
     def n_rows(self) -> int:
         return self.batch.rows
 
-    def statistics(self) -> dict[str, list[int]]:
-        """Per row: documents, text slots (BOS and EOS included), image slots, targets, exposures."""
+    def statistics(self) -> dict[str, list[Any]]:
+        """Per row: documents, text slots (BOS and EOS included), image slots, targets, exposures, nats of the text."""
         b, shape = self.batch, (self.n_rows, self.batch.row_len)
         text = ((b.doc_id >= 0) & (b.modality == 0)).reshape(shape).sum(1)
         return {
@@ -147,6 +150,7 @@ class Rows:
             "image_tokens": (b.modality == 1).reshape(shape).sum(1).tolist(),
             "targets": (b.targets != IGNORE).reshape(shape).sum(1).tolist(),
             "exposures": self.exposures.tolist(),
+            "text_nats": self.text_nats.tolist(),
         }
 
 
@@ -237,7 +241,8 @@ def build(rows: Sequence[Sequence[Piece]], row_len: int, n: int, patch_dim: int,
     none = np.zeros(0, np.int64)
     lookups = [np.concatenate([none, *(p.lookups for p in row if p.lookups is not None)]) for row in rows]
     exposures = np.array([sum(p.exposures for p in row) for row in rows], np.int64)
-    return Rows(batch, np.array(patch_ptr, np.int64), np.array(doc_ptr, np.int64), exposures, lookups)
+    text_nats = np.array([sum(p.text_nats for p in row) for row in rows], np.float64)
+    return Rows(batch, np.array(patch_ptr, np.int64), np.array(doc_ptr, np.int64), exposures, text_nats, lookups)
 
 
 _SLOT_VECTORS = ("token_ids", "modality", "position", "targets", "domain", "token_class", "oracle")

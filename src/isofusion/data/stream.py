@@ -159,6 +159,11 @@ class Stream:
         blocks = [s.row(j) for s, j in self._val_rows(domain)]
         return np.concatenate([np.zeros(0, np.int64), *(rows.lookups[r] for rows, r in blocks if rows.lookups)])
 
+    def val_text_nats(self, domain: str) -> float:
+        """-log p of the targets of the validation rows of a world domain, summed, to a reader of the text alone."""
+        blocks = [s.row(j) for s, j in self._val_rows(domain)]
+        return float(sum(rows.text_nats[r] for rows, r in blocks))
+
     @property
     def domains(self) -> tuple[str, ...]:
         """Domains present, in the order of the sources."""

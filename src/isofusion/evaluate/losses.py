@@ -44,8 +44,7 @@ class DomainLosses:
 
 def document_of(key: str) -> str:
     """The document a batch key "source:epoch:sample[:piece]" names: the pieces of a cut document are one document."""
-    parts = key.split(":")
-    return ":".join(parts[:-1]) if len(parts) > 3 and parts[-1].isdigit() else key
+    return ":".join(key.split(":")[:3])
 
 
 def image_documents(batches: Sequence[PackedBatch]) -> list[str]:
@@ -188,9 +187,15 @@ def _per_document(losses: DomainLosses, here_N: np.ndarray, variant: str | None 
 
 
 def summarise(
-    losses: DomainLosses, *, chance: float, n_bytes: int | None = None, bound: float | None = None
+    losses: DomainLosses,
+    *,
+    chance: float,
+    n_bytes: int | None = None,
+    bound: float | None = None,
+    text_oracle: float | None = None,
 ) -> dict[str, Any]:
-    """The entry of one domain in eval.json. `bound`: the learner's bound in nats per target, oracle included."""
+    """The entry of one domain in eval.json. Nats per target: `bound`, the learner's bound with the oracle in it;
+    `text_oracle`, the entropy of the text to a reader without images."""
     docs = document_sums(losses)
     loss = _mean(losses.nll["true"])
     return {
@@ -202,6 +207,7 @@ def summarise(
         "shuffled": _mean(losses.nll.get("shuffled")),
         "bits_per_byte": float(losses.nll["true"].sum(dtype=np.float64)) / math.log(2) / n_bytes if n_bytes else None,
         "oracle": _mean(losses.oracle),
+        "text_oracle": text_oracle,
         "bound": bound,
         "chance": chance,
     }

@@ -1,8 +1,9 @@
 """eval.json and eval_docs.npz of a finished branch: the model on the fixed validation stream of each of its domains.
 
-Beside each loss stand the numbers that give it meaning: the oracle entropy (what N, D -> infinity can reach), the
-learner's bound (what this many exposures can reach: oracle plus the names never seen in training, DESIGN.md section 5),
-and chance (a uniform guess over the vocabulary; per class, over the possible answers).
+Beside each loss stand the numbers that give it meaning: the oracle entropy (what N, D -> infinity can reach), the same
+to a reader of the text alone (the difference is what the images tell), the learner's bound (what this many exposures
+can reach: oracle plus the names never seen in training, DESIGN.md section 5), and chance (a uniform guess over the
+vocabulary; per class, over the possible answers).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def evaluate_run(
             chance=math.log(val_stream.tokenizer.vocab_size),
             n_bytes=val_stream.tokenizer.n_bytes(losses.target_ids),
             bound=learner_bound(losses, domain, train_stream, val_stream, step),
+            text_oracle=text_entropy(losses, domain, val_stream),
         )
         for name, entry in summarise_classes(losses, names, chances).items():
             classes[f"{domain}/{name}"] = entry
@@ -62,6 +64,16 @@ def world_classes() -> tuple[tuple[str, ...], dict[str, float | None]]:
     from isofusion.data.world.world import CHANCE, CLASSES
 
     return CLASSES, CHANCE
+
+
+def text_entropy(losses: DomainLosses, domain: str, val_stream: Any) -> float | None:
+    """H(text), nats per target: the entropy to a reader who sees no image; None where it is unknown (real data).
+
+    Less the oracle, H(text | image), it is what the images tell. No blind model gets below it.
+    """
+    if math.isnan(float(losses.oracle.mean(dtype=np.float64))):
+        return None
+    return float(val_stream.val_text_nats(domain)) / len(losses.oracle)
 
 
 def learner_bound(losses: DomainLosses, domain: str, train_stream: Any, val_stream: Any, step: int) -> float | None:

@@ -4,7 +4,7 @@ Fields (None or absent where the study does not allow it):
   study       name, title, runs, arms, domains, sizes, seeds, compute axis and label, c_min, c_max, c_ref, reducible
   arms        per arm: fusion, experts, sizes, ranges of N, D and C, number of runs
   points      one per finished branch: arm, size, n, d, c, steps, seed, loss per domain and "mean"
-  entropy     per domain: oracle, learner's bound at the largest D, chance
+  entropy     per domain: oracle, text_oracle (a reader without images), learner's bound at the largest D, chance
   fits        arm -> domain -> parameters, a, b, d, regression, intervals, power law, warnings; or ok = False, reason
   frontier    arm -> domain or "mean" -> compute-optimal loss, N, D, D/N over compute with intervals, extrapolated flags
   differences pairs of arms: at equal compute, at matched size, verdicts
@@ -194,13 +194,14 @@ def _arm(arm: str, rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> 
 def _entropy(out: Path, rows: list[dict[str, Any]], domains: list[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     longest = max(rows, key=lambda r: r["tokens"])
-    chances = evidence.load_eval(out, longest).get("domains", {})
+    entries = evidence.load_eval(out, longest).get("domains", {})
     for domain in domains:
         oracles = [v for r in rows if (v := number(r.get(f"oracle_{domain}"))) is not None]
         found[domain] = {
             "oracle": float(np.mean(oracles)) if len(oracles) == len(rows) else None,
             "bound": number(longest.get(f"bound_{domain}")),
-            "chance": number(chances.get(domain, {}).get("chance")),
+            "text_oracle": number(entries.get(domain, {}).get("text_oracle")),
+            "chance": number(entries.get(domain, {}).get("chance")),
         }
     known = [found[d]["oracle"] for d in domains]
     found["mean"] = {"oracle": float(np.mean(known)) if None not in known else None, "bound": None, "chance": None}

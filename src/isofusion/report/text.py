@@ -261,6 +261,13 @@ def image_use(a: Analysis) -> str:
     if not parts:
         return text.strip()
     text += f"What another image costs, paired by document, in nats/token: {'; '.join(parts)}. "
+    told = [
+        f"{NAMES[domain]} {fixed(e['text_oracle'] - e['oracle'])} ({fixed(e['text_oracle'])} − {fixed(e['oracle'])})"
+        for domain, e in a["entropy"].items()
+        if e.get("text_oracle") is not None and e["oracle"] is not None and e["text_oracle"] > e["oracle"] + 5e-4
+    ]
+    if told:
+        text += f"What the images tell, H(text) − H(text | image), known exactly here: {'; '.join(told)}. "
     if unsure:
         return text + f"This study cannot say whether {listed(unsure)} looks at the image."
     return text + "Every interval is above 0: all of them look at the image."

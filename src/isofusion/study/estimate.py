@@ -8,6 +8,7 @@ many at once as the study will run, interpolated in log-log by FLOPs per step) o
 from __future__ import annotations
 
 import heapq
+import importlib.util
 import json
 import os
 import shutil
@@ -190,7 +191,7 @@ def estimate(
         )
     problems = _limits(memory, disk, out, jobs)
     per_step_seconds: Callable[[RunConfig, float], float]
-    if probe and here and not problems:
+    if probe and here and not problems and installed("torch"):
         per_step_seconds = _probed(spec, shape, jobs=jobs, threads=threads, console=console, train=train)
         basis = "from a probe"
     else:
@@ -198,7 +199,8 @@ def estimate(
         speed = GPU_FLOPS if big else ASSUMED_FLOPS * threads
         per_step_seconds = lambda run, step: step / speed  # noqa: E731
         basis = "one H100 at 40 % of its peak" if big else f"assuming {ASSUMED_FLOPS / 1e9:g} GFLOP/s a thread"
-        notes.append("no probe was run, so times are only FLOPs over an assumed speed")
+        why = "" if installed("torch") else " (it needs torch: pip install 'isofusion[train]')"
+        notes.append(f"no probe was run{why}, so times are only FLOPs over an assumed speed")
         if big:
             jobs = 1
     for run, row in zip(runs, rows, strict=True):
@@ -234,6 +236,11 @@ def estimate(
         if s["epochs"] is not None and s["epochs"] > EPOCHS_WARN
     ]
     return Estimate(rows, sources, totals, notes, problems, here)
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; a plan must do without those of the [train] extra."""
+    return importlib.util.find_spec(package) is not None
 
 
 def schedule(runs: list[RunConfig], seconds: list[float], jobs: int) -> float:

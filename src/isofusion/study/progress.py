@@ -114,6 +114,11 @@ class Progress:
             self.failed[run] = message
         self.line(self._finished_line(run, status, job, message))
 
+    def reopened(self, run: str, why: str) -> None:
+        """A finished run has to be trained again in part."""
+        self.done.discard(run)
+        self.line(f"{run}: {why}")
+
     def _finished_line(self, run: str, status: str, job: Job | None, message: str) -> str:
         loss = f", training loss {job.loss:.4f}" if job is not None and job.loss is not None else ""
         tail = f": {message}" if message else ""

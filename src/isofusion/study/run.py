@@ -3,29 +3,30 @@
 Trunks first by the length of their whole chain, and a branch as soon as its fork checkpoint exists; among what is ready
 the longest goes first, so that no long run is left alone at the end. A failed run does not stop the others. The run
 folders are the truth (`DONE` is written last): killing anything at any moment loses at most the steps since the last
-checkpoint, and `resume=True` goes on from there.
+checkpoint, and `resume=True` goes on from there. A finished trunk whose fork checkpoint is damaged or gone while a
+branch needs it is trained again from the last good checkpoint before it: the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from isofusion.config import RunConfig
 from isofusion.errors import InputError, RunFailure
+from isofusion.study.holder import only_one
 from isofusion.study.lock import record_session, write_atomic
 from isofusion.study.progress import Progress
 from isofusion.study.spec import StudySpec, cost_hint
@@ -72,49 +73,14 @@ def is_done(folder: Path) -> bool:
     return (folder / "DONE").exists()
 
 
+def fork_of(root: Path, branch: RunConfig) -> Path:
+    """The checkpoint of its trunk that a branch starts from."""
+    return root / str(branch.parent) / "checkpoints" / f"step_{branch.start_step}"
+
+
 def fork_ready(root: Path, run: RunConfig) -> bool:
     """A trunk can always start; a branch when its trunk's checkpoint exists (it appears by an atomic rename)."""
-    return run.parent is None or (root / run.parent / "checkpoints" / f"step_{run.start_step}").is_dir()
-
-
-@contextlib.contextmanager
-def only_one(out: Path, wait: float = 60.0) -> Iterator[int]:
-    """Hold the study folder. The lock belongs to the pool *and* its workers and ends with the last of them, so a pool
-    that was killed cannot be followed by another while its workers still write. Raises InputError if it is in use.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "study.pid"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        end = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = path.read_text().strip()
-                if holder and _alive(int(holder)):
-                    raise InputError(
-                        f"{out}: process {holder} is running this study; wait for it, or stop it"
-                    ) from None
-                if time.monotonic() > end:
-                    raise InputError(f"{out}: workers of an earlier run still write here; stop them first") from None
-                time.sleep(0.1)  # orphans notice within a step, checkpoint and leave
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return run.parent is None or fork_of(root, run).is_dir()
 
 
 @dataclass
@@ -160,6 +126,7 @@ class Pool:
     slots: list[Slot] = field(default_factory=list)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)  # run -> (kind, message)
     interrupted: set[str] = field(default_factory=set)
+    reopened: set[Path] = field(default_factory=set)  # forks that were trained again: once a session each
     signum: int | None = None
     started: int = 0
     early_deaths: int = 0
@@ -239,6 +206,7 @@ class Pool:
         return None
 
     def _assign(self) -> None:
+        self._reopen_trunks()
         for slot in self.slots:
             if self.signum is not None or slot.run is not None or not slot.ready or slot.leaving:
                 continue
@@ -253,6 +221,46 @@ class Pool:
                 continue
             slot.run = name
             self.progress.started(name)
+
+    def _reopen_trunks(self) -> None:
+        """A trunk that is DONE but lacks the fork of a waiting branch goes back to the checkpoint before that fork.
+
+        A kill anywhere in here is found by the next session: by a fork that is not there, or whose bytes do not check.
+        """
+        lost: dict[str, int] = {}
+        for config in (self.configs[name] for name in self.waiting):
+            trunk = config.parent
+            if self.signum is not None or trunk is None or any(slot.run == trunk for slot in self.slots):
+                continue
+            fork = fork_of(self.root, config)
+            if is_done(self.root / trunk) and not fork.is_dir() and fork not in self.reopened:
+                lost[trunk] = min(config.start_step, lost.get(trunk, config.start_step))
+        for trunk, step in lost.items():
+            folder = self.root / trunk
+            (folder / "DONE").unlink()
+            for path in (folder / "checkpoints").glob("step_*"):
+                number = path.name.removeprefix("step_")
+                if number.isdigit() and int(number) >= step:  # else the trunk would go on behind the fork
+                    shutil.rmtree(path)
+            self.reopened.add(folder / "checkpoints" / f"step_{step}")
+            self.waiting.appendleft(trunk)
+            self.progress.reopened(
+                trunk,
+                f"its checkpoint step_{step}, which an unfinished branch starts from, is damaged or missing; "
+                f"training it again from the last good one before that, or from the start",
+            )
+
+    def _lost_fork(self, name: str) -> bool:
+        """A branch found its fork damaged: drop that and wait for the trunk; False if that was done in vain before."""
+        config = self.configs[name]
+        fork = fork_of(self.root, config)
+        if fork in self.reopened and is_done(self.root / str(config.parent)):
+            return False
+        if fork.is_dir():
+            shutil.rmtree(fork)
+        self.waiting.appendleft(name)
+        self.progress.jobs.pop(name, None)
+        return True
 
     def _read(self, slot: Slot) -> None:
         assert slot.process.stdout is not None
@@ -278,6 +286,8 @@ class Pool:
         if status == "interrupted" and self.signum is None:
             status, kind, message = "failed", "stopped", "its worker was told to stop; the checkpoints are kept"
         if status == "failed":
+            if kind == "fork" and self._lost_fork(name):
+                return
             self._fail(name, kind, message)
         elif status == "interrupted":
             self.interrupted.add(name)

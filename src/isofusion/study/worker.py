@@ -80,7 +80,7 @@ class Worker:
         except InputError as error:
             kind, message = "input", str(error)
         except RunFailure as error:
-            kind, message = "failure", str(error)
+            kind, message = getattr(error, "kind", "failure"), str(error)  # "fork": see train.loop.LostFork
         except Exception as error:
             traceback.print_exc()
             kind, message = "crash", f"{type(error).__name__}: {error}"

@@ -35,6 +35,12 @@ StreamFactory = Callable[[RunConfig, str], Any]
 EVENT_EVERY_S = 1.0
 
 
+class LostFork(RunFailure):
+    """The checkpoint of the trunk that a branch starts from is missing or damaged; the pool trains it again."""
+
+    kind = "fork"
+
+
 def build_decoder(config: RunConfig) -> nn.Module:
     """The model of a run at step 0: weights are a function of (config.model, config.seed)."""
     from isofusion.model.decoder import Decoder
@@ -142,7 +148,7 @@ class _Run:
             try:
                 files = checkpoint.read(path)
             except checkpoint.DamagedCheckpoint as damage:
-                raise RunFailure(
+                raise LostFork(
                     f"{config.name}: needs the fork checkpoint step_{config.start_step} of its trunk {config.parent}: "
                     f"{damage}. Train the trunk past that step (forks must list it), then resume"
                 ) from damage

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from isofusion.data.world.choice import table
+from isofusion.data.world.choice import EVEN, table
 from isofusion.data.world.document import Document
 from isofusion.data.world.scene import CAPTION_COUNT
 from isofusion.data.world.vocab import GRAMMAR, STOP
 
-EVEN = table((0.5, 0.5))
 P_SIGN = 0.4
+RELATE = table((0.75, 0.25))  # say where one entity is seen from another: a skill that small models never learn
 P_SUM = 0.5  # chance of an addition in words before a question
 LONGEST = 1 + 6 * (4 + 2) + 2 + 1 + 4 + 3 + 5 + 4  # describe, sign, stop, relate, rim, question and answer, sum
 """Most text tokens of a caption document, BOS and EOS apart."""
@@ -29,7 +29,7 @@ def write_caption(doc: Document) -> None:
     doc.answer(scene, questions)
     doc.describe(scene, traits=True)
     doc.put(STOP, GRAMMAR)
-    if len(scene.entities) > 1 and doc.defer(EVEN):
+    if len(scene.entities) > 1 and doc.defer(RELATE):
         doc.relate(scene)
     doc.read_rim(scene)
     if not before:

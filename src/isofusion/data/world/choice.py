@@ -5,6 +5,7 @@ tokens with their -log p given what is visible so far. Two rules keep the oracle
 - a choice is revealed by the next text token, whose nats it joins (`Writer.defer`);
 - whether the next segment is an image is not scored, because a slot before an image has no target (DESIGN.md 3), so
   the text options at such a point are conditional on text coming next (`table(..., text=...)`).
+Beside it each token carries its nats to a reader of the text alone, to whom images stay shut: H(text).
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ def uniform(n: int) -> Table:
     return table((1.0,) * n)
 
 
+EVEN = uniform(2)
+
+
 class Chooser:
     """Draws outcomes from a counter-based generator; `hidden` gives bytes for noise that no text may depend on."""
 
@@ -88,34 +92,40 @@ class Writer:
         self.ids: list[int] = []
         self.classes: list[int] = []
         self.nats: list[float] = []
+        self.blind: list[float] = []  # of all segments: nats of each text token to a reader of the text alone
         self.segments: list[Text | Image] = []
-        self.pending = 0.0
+        self.pending = self.pending_blind = 0.0
         self.lookups: list[int] = []
         self.exposures = 0
 
-    def put(self, token: int, kind: int, nats: float = 0.0) -> None:
-        """A token that the visible past gives away, but for `nats` and for what is pending."""
+    def put(self, token: int, kind: int, nats: float = 0.0, blind: float = 0.0) -> None:
+        """A token that the visible past gives away, but for `nats` and for what is pending.
+
+        `blind`: what it costs a reader of the text alone on top, because an image shows it.
+        """
         self.ids.append(token)
         self.classes.append(kind)
         self.nats.append(self.pending + nats)
-        self.pending = 0.0
+        self.blind.append(self.pending_blind + nats + blind)
+        self.pending = self.pending_blind = 0.0
         self.room -= 1
 
-    def pick(self, tokens: Sequence[int], kind: int, label: str = "word") -> int:
-        """Writes one of `tokens`, uniformly; returns its index."""
+    def pick(self, tokens: Sequence[int], kind: int, label: str = "word", blind: float = 0.0) -> int:
+        """Writes one of `tokens`, uniformly; returns its index. `blind` as in `put`."""
         dist = uniform(len(tokens))
         i = self.chooser.choose(dist, label)
-        self.put(tokens[i], kind, dist.nats[i])
+        self.put(tokens[i], kind, dist.nats[i], blind)
         return i
 
     def defer(self, dist: Table, label: str = "plan") -> int:
         """A choice that the next token reveals: its nats join that token's."""
         i = self.chooser.choose(dist, label)
         self.pending += dist.nats[i]
+        self.pending_blind += dist.nats[i]
         return i
 
     def image(self, pixels: np.ndarray) -> None:
-        if self.pending:
+        if self.pending or self.pending_blind:
             raise AssertionError("a scored choice is pending before an image, where no target can pay for it")
         self._flush()
         self.segments.append(Image(pixels))
@@ -137,6 +147,7 @@ class Writer:
         self._flush()
         meta = {
             "eos_oracle": self.pending,
+            "text_nats": np.array([*self.blind, self.pending_blind], dtype=np.float32),
             "eos_class": GRAMMAR,
             "lookups": tuple(self.lookups),
             "exposures": self.exposures,

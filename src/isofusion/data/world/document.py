@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from isofusion.data.world.choice import Chooser, Table, Writer, table
+import math
+from typing import NamedTuple
+
+from isofusion.data.world.choice import EVEN, Chooser, Table, Writer, table
 from isofusion.data.world.entities import Entities
-from isofusion.data.world.scene import Renderer, Scene, draw_scene
+from isofusion.data.world.scene import Renderer, Scene, draw_scene, relation_nats
 from isofusion.data.world.vocab import (
     ASK,
     ATTRIBUTE,
@@ -31,8 +34,20 @@ from isofusion.data.world.vocab import (
 )
 
 TRAIT_AFTER_NAME = table((0.55, 0.15, 0.15, 0.15))  # nothing, is, lives, eats
-Question = tuple[int, int]
-"""(operand, side); its answer is (tone of the bar on that side + operand) mod m."""
+OPERAND = table((2.0,) + (1.0,) * (MOD - 1))
+"""Operand of a question, zero twice as often as any other: adding zero is reading, the first step to a sum."""
+
+
+class Question(NamedTuple):
+    """Its answer is (tone of the bar on `side` + operand) mod m.
+
+    `reading`: half of the questions that add zero are counted as `tone`, not as fusion. The text does not tell which.
+    So among fusion tokens operands are uniform, and neither modality alone says anything about the answer.
+    """
+
+    operand: int
+    side: int
+    reading: bool
 
 
 class Document(Writer):
@@ -57,8 +72,8 @@ class Document(Writer):
         if kind == LOOKUP:
             self.named.add(k)
             self.lookups.append(k)
-        for token in self.entities.name_tokens(k):
-            self.put(token, kind)
+        for token, blind in zip(self.entities.name_tokens(k), self.entities.name_nats[k].tolist(), strict=True):
+            self.put(token, kind, blind=blind)
 
     def draw_name(self) -> int:
         """The name of an entity drawn by frequency: each syllable pays -log p given those before."""
@@ -74,44 +89,53 @@ class Document(Writer):
 
     def describe(self, scene: Scene, traits: bool) -> None:
         """Count; each entity's colour and name, with a trait now and then; the numeral if one is drawn."""
-        self.put(NUMERALS[len(scene.entities)], COUNT)
+        self.put(NUMERALS[len(scene.entities)], COUNT, blind=scene.count.nats[len(scene.entities) - 1])
         self.exposures += len(scene.entities)
         places = list(range(len(scene.entities)))
         while places:  # in any order: the colour drawn says which entity comes next
-            place = places.pop(self.pick([COLOURS[scene.colours[i]] for i in places], COLOUR))
+            left = len(places)
+            unused = len(COLOURS) - len(scene.entities) + left  # colours that the text has not yet named
+            tokens = [COLOURS[scene.colours[i]] for i in places]
+            place = places.pop(self.pick(tokens, COLOUR, blind=math.log(unused / left)))
             k = scene.entities[place]
             self.read_name(k)
             which = self.defer(TRAIT_AFTER_NAME) if traits else 0
             if which:
                 self.trait(k, which - 1)
+        self.pending_blind += scene.signed.nats[scene.sign is not None]
         if scene.sign is not None:
             self.put(SIGN, GRAMMAR)
-            self.put(NUMERALS[scene.sign[0]], NUMERAL)
+            self.put(NUMERALS[scene.sign[0]], NUMERAL, blind=math.log(10))
 
     def question(self, free_sides: list[int], p_sum: float = 0.0) -> Question:
-        """`ask one top`: operand uniform, side uniform among those not spoken of yet.
+        """`ask one top`: side uniform among those not spoken of yet.
 
         With chance `p_sum` an addition in words goes before, `ask one two zero`: the same sum with nothing to see.
         """
         self.put(ASK, GRAMMAR)
-        operand = self.pick(NUMERALS[:MOD], CHOICE)
+        operand = self.chooser.choose(OPERAND, "operand")
+        self.put(NUMERALS[operand], CHOICE, OPERAND.nats[operand])
         if p_sum and self.defer(table((1 - p_sum, p_sum))):
             other = self.pick(NUMERALS[:MOD], CHOICE)
             self.put(NUMERALS[(operand + other) % MOD], NUMERAL)
             return self.question(free_sides)
         side = free_sides.pop(self.pick([SIDES[s] for s in free_sides], CHOICE))
-        return operand, side
+        return Question(operand, side, not operand and bool(self.chooser.choose(EVEN, "reading")))
 
     def ask_after(self, scene: Scene, p_sum: float = 0.0) -> None:
         """`ask one top zero`: the answer stands right after the side, where side and operand are nearest."""
-        operand, side = self.question(scene.free_sides, p_sum)
-        self.put(NUMERALS[(scene.bars[side] + operand) % MOD], FUSION_AFTER)
+        self.reply(scene, self.question(scene.free_sides, p_sum), FUSION_AFTER)
 
     def answer(self, scene: Scene, questions: list[Question]) -> None:
         """`top zero`, in the order of the questions before the image."""
-        for operand, side in questions:
-            self.put(SIDES[side], REFERENCE)
-            self.put(NUMERALS[(scene.bars[side] + operand) % MOD], FUSION_BEFORE)
+        for question in questions:
+            self.put(SIDES[question.side], REFERENCE)
+            self.reply(scene, question, FUSION_BEFORE)
+
+    def reply(self, scene: Scene, question: Question, kind: int) -> None:
+        """The number asked for, of class `kind`, or TONE if the question counts as a reading."""
+        answer = (scene.bars[question.side] + question.operand) % MOD
+        self.put(NUMERALS[answer], TONE if question.reading else kind, blind=math.log(MOD))
 
     def relate(self, scene: Scene) -> None:
         """`from red blue left`: seen from the red one, the blue one is left."""
@@ -119,13 +143,14 @@ class Document(Writer):
         places = list(range(len(scene.entities)))
         a = places.pop(self.pick([COLOURS[scene.colours[i]] for i in places], CHOICE))
         b = places[self.pick([COLOURS[scene.colours[i]] for i in places], CHOICE)]
-        self.put(scene.relation(a, b), SPATIAL)
+        self.put(scene.relation(a, b), SPATIAL, blind=relation_nats(scene, a, b))
+        scene.related.append((a, b))
 
     def read_rim(self, scene: Scene) -> None:
         """`rim top two`: the tone of a bar read out, on a side that no question asks about."""
         self.put(RIM, GRAMMAR)
         side = scene.free_sides.pop(self.pick([SIDES[s] for s in scene.free_sides], CHOICE))
-        self.put(NUMERALS[scene.bars[side]], TONE)
+        self.put(NUMERALS[scene.bars[side]], TONE, blind=math.log(MOD))
 
     def structure(self, dist: Table, label: str = "structure") -> int:
         """A choice that costs nothing: only whether an image comes next depends on it."""

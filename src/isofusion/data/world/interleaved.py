@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isofusion.data.world.choice import table
+from isofusion.data.world.choice import EVEN, table
 from isofusion.data.world.document import Document, Question
 from isofusion.data.world.scene import INTERLEAVED_COUNT, Scene
 from isofusion.data.world.vocab import (
@@ -27,7 +27,6 @@ QUESTION, ANSWER = 3, 2
 # extras after a description: weight and longest length in tokens
 STOP_, ASK_, RIM_, FROM_, CALL_, NICK_, BACK_ = range(7)
 EXTRAS = ((0.25, 0), (0.65, 4), (0.5, 3), (0.15, 4), (0.2, 3), (0.25, 3), (0.25, 5))
-EVEN = table((0.5, 0.5))
 
 
 def write_interleaved(doc: Document) -> None:
@@ -39,7 +38,7 @@ def write_interleaved(doc: Document) -> None:
         if questions is None:
             return
         scene = doc.look(INTERLEAVED_COUNT, P_SIGN)
-        scene.free_sides = [s for s in range(2) if s not in {side for _, side in questions}]
+        scene.free_sides = [s for s in range(2) if s not in {q.side for q in questions}]
         scenes.append(scene)
         doc.answer(scene, questions)
         doc.describe(scene, traits=False)

@@ -10,7 +10,10 @@ nine squares: what is learnt in one serves in the others.
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,7 +26,7 @@ from isofusion.errors import InputError
 TILE_RGB = np.array(
     [(212, 0, 0), (0, 212, 0), (0, 0, 232), (112, 100, 0), (130, 0, 82), (0, 106, 106)], dtype=np.uint8
 )  # about equal in r + g + b, so that the white ink stands out alike on any tile
-BAR_RGB = np.array([(0, 0, 0), (238, 238, 238), (238, 110, 0)], dtype=np.uint8)  # read out as zero, one, two
+BAR_RGB = np.array([(0, 0, 0), (238, 238, 238)], dtype=np.uint8)  # read out as zero, one
 GLYPH_INK = np.array((238, 238, 238), dtype=np.uint8)
 SIGN_RGB = np.array((238, 190, 40), dtype=np.uint8)
 BACKGROUND, CLUTTER, NOISE = 118, 20, 16  # grey level; most that clutter adds; noise is 0 .. NOISE-1
@@ -48,17 +51,43 @@ class Scene:
     entities: list[int]
     colours: list[int]  # indices of COLOUR_WORDS, all different
     cells: list[int]  # 0..8, rising
-    bars: list[int]  # tone of the top and the bottom bar, 0..2
+    bars: list[int]  # tone of the top and the bottom bar, 0 .. MOD-1
     sign: tuple[int, int] | None  # (digit, cell)
+    count: Table  # what the number of entities was drawn from
+    signed: Table  # (no sign, sign)
     free_sides: list[int] = field(default_factory=lambda: [0, 1])  # sides the text has not spoken of yet
     called: list[int] = field(default_factory=list)  # entities (places in the list) that have a nickname
+    related: list[tuple[int, int]] = field(default_factory=list)  # pairs whose relation the text has told
 
     def relation(self, a: int, b: int) -> int:
         """Token: where entity b is, seen from entity a; columns decide, rows where columns are equal."""
-        (row_a, col_a), (row_b, col_b) = divmod(self.cells[a], 3), divmod(self.cells[b], 3)
-        if col_a != col_b:
-            return LEFT if col_b < col_a else RIGHT
-        return ABOVE if row_b < row_a else BELOW
+        return relation(self.cells[a], self.cells[b])
+
+
+def relation(a: int, b: int) -> int:
+    """Token for cell b seen from cell a."""
+    (row_a, col_a), (row_b, col_b) = divmod(a, 3), divmod(b, 3)
+    if col_a != col_b:
+        return LEFT if col_b < col_a else RIGHT
+    return ABOVE if row_b < row_a else BELOW
+
+
+def relation_nats(scene: Scene, a: int, b: int) -> float:
+    """-log p of the relation of a and b to a reader of the text alone: given the relations told, cells uniform."""
+    told = tuple((x, y, scene.relation(x, y)) for x, y in scene.related)
+    return _relation_nats(told, (a, b, scene.relation(a, b)))
+
+
+@lru_cache(maxsize=4096)
+def _relation_nats(told: tuple[tuple[int, int, int], ...], new: tuple[int, int, int]) -> float:
+    who = sorted({i for x, y, _ in (*told, new) for i in (x, y)})
+    possible = true = 0
+    for cells in itertools.permutations(range(9), len(who)):  # the text names entities by colour: none comes first
+        at = dict(zip(who, cells, strict=True))
+        if all(relation(at[x], at[y]) == token for x, y, token in told):
+            possible += 1
+            true += relation(at[new[0]], at[new[1]]) == new[2]
+    return math.log(possible / true)
 
 
 def draw_scene(chooser: Chooser, entities: Entities, count: Table, p_sign: float) -> Scene:
@@ -68,8 +97,8 @@ def draw_scene(chooser: Chooser, entities: Entities, count: Table, p_sign: float
     cells, colours = list(range(9)), list(range(len(TILE_RGB)))
     taken = sorted(cells.pop(choose(uniform(len(cells)), "cell")) for _ in range(n))
     bars = [choose(uniform(MOD), "bar") for _ in range(2)]
-    sign = None
-    if choose(table((1 - p_sign, p_sign)), "sign"):
+    sign, signed = None, table((1 - p_sign, p_sign))
+    if choose(signed, "sign"):
         sign = choose(uniform(10), "digit"), cells[choose(uniform(len(cells)), "cell")]
     return Scene(
         entities=[choose(entities.draw, "entity") for _ in range(n)],
@@ -77,6 +106,8 @@ def draw_scene(chooser: Chooser, entities: Entities, count: Table, p_sign: float
         cells=taken,
         bars=bars,
         sign=sign,
+        count=count,
+        signed=signed,
     )
 
 

@@ -29,7 +29,7 @@ CLASSES = (
     "reference",  # repeated names, answers that point back at a question
     "choice",  # what the writer picks freely: operands, sides, nicknames
     "colour",  # colours of tiles: which entity comes next
-    "tone",  # the tone of a bar, read out as a numeral
+    "tone",  # the tone of a bar, read out as a numeral; answers to questions that add nothing to it
 )
 """Index = the code in `token_class`."""
 (_, GRAMMAR, LOOKUP, SPATIAL, COUNT, ATTRIBUTE, FUSION_AFTER, FUSION_BEFORE, NAME, RULE, NUMERAL, REFERENCE, CHOICE,
@@ -37,7 +37,7 @@ CLASSES = (
 
 SYLLABLE_WORDS = tuple(c + v for c in "bdfghjklmnprstvz" for v in ("a", "e", "i", "o", "u", "ai", "au", "oi"))
 COLOUR_WORDS = ("red", "green", "blue", "brown", "plum", "teal")
-MOD = 3  # tones of a bar, and m of the fusion questions: (tone + operand) mod m
+MOD = 2  # tones of a bar, and m of the fusion questions: (tone + operand) mod m
 NUMERAL_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINAL_WORDS = ("first", "second", "third", "fourth")
 SIDE_WORDS = ("top", "bottom")

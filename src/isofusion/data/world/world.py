@@ -25,7 +25,7 @@ from isofusion.data.world.scene import Renderer
 from isofusion.data.world.vocab import CLASSES, MOD, WorldTokenizer
 from isofusion.errors import InputError
 
-VERSION = 2
+VERSION = 3
 """Raise it when any document changes: it is part of the digest that caches and fingerprints use."""
 
 CHANCE: dict[str, float | None] = {
@@ -97,8 +97,9 @@ class World:
     def sample(self, split_seed: int, domain: str, block: int, i: int) -> Sample:
         """Document i of a block. BOS and EOS are not in the segments: packing adds them.
 
-        meta: `eos_oracle` (nats) and `eos_class` of EOS as a target; `lookups`, the entities whose names are read off a
-        glyph, first mentions only; `exposures`, how many entity draws the document names.
+        meta: `eos_oracle` (nats) and `eos_class` of EOS as a target; `text_nats`, f32 per text token
+        and EOS, -log p given the text before it and no image; `lookups`, the entities whose names are read off a glyph,
+        first mentions only; `exposures`, how many entity draws the document names.
         """
         if domain not in DOMAINS:
             raise InputError(f"the world has no domain {domain!r}; use one of {', '.join(DOMAINS)}")
