@@ -175,6 +175,21 @@ def test_a_failed_fit_becomes_a_warning(planted: Any, tmp_path: Path) -> None:
     assert "No law, and so no rank, for late" in page
 
 
+def test_a_floor_that_few_trunks_cannot_show_has_no_interval(planted: Any, tmp_path: Path) -> None:
+    """Three trunks leave no freedom for their luck: the page gives E without an interval, and says why."""
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    sizes = sorted({r["n"] for r in rows if r["arm"] == "late"})[:3]
+    few = [r for r in rows if r["arm"] == "early" or (r["arm"] == "late" and r["n"] in sizes)]
+    a = analyse(tmp_path / "s", few)
+    early, late = (a["fits"][arm]["caption"] for arm in ("early", "late"))
+    assert early["interval"]["E"] is not None
+    assert not early["refused"]
+    assert late["interval"]["E"] is None
+    assert "degrees of freedom" in late["refused"]["E"]
+    assert "No interval where the noise between trunks" in undrawn(a)
+
+
 def test_without_any_law_the_page_says_so_and_stands(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out, tmp_path / "s")

@@ -106,10 +106,14 @@ def fit_entry(laws: ArmLaws, domain: str) -> dict[str, Any]:
         "noise": drawn.noise.to_dict(),
         "warnings": [{"code": w.code, "message": w.message} for w in fit.warnings],
         "interval": {},
+        "refused": {},
     }
     for name, quantity in quantities.items():
         entry[name] = float(np.asarray(quantity(fit.params)))
-        entry["interval"][name] = [float(v) for v in drawn.of(quantity)]
+        refused = drawn.refusal(name)
+        entry["interval"][name] = None if refused else [float(v) for v in drawn.of(quantity)]
+        if refused:
+            entry["refused"][name] = refused
     oracle = fit.runs.oracle
     entry["oracle"] = None if oracle is None else float(np.mean(oracle))
     slopes = regress_allocation(fit)

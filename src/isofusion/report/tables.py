@@ -163,8 +163,8 @@ def _irreducible(a: Analysis) -> str:
         for domain, f in by_domain.items():
             if not f.get("ok") or f.get("oracle") is None:
                 continue
-            low, high = f["interval"]["E"]
-            inside = "inside" if low <= f["oracle"] <= high else "outside"
+            low, high = f["interval"]["E"] or (None, None)
+            inside = DASH if low is None else "inside" if low <= f["oracle"] <= high else "outside"
             rows.append(
                 [
                     arm_cell(a, arm),
@@ -172,12 +172,14 @@ def _irreducible(a: Analysis) -> str:
                     fixed(f["E"]),
                     fixed(f["oracle"]),
                     fixed(f["E"] - f["oracle"], sign=True),
-                    fixed(high - low),
+                    DASH if low is None else fixed(high - low),
                     inside,
                 ]
             )
     head = ["arm", "domain", "fitted E", "oracle entropy", "bias", "width of the interval", "oracle in the interval"]
-    return folded("Fitted irreducible loss against the oracle entropy", table(head, rows, left=(1,)))
+    reasons = {f["refused"]["E"]: None for by in a["fits"].values() for f in by.values() if f.get("refused", {}).get("E")}
+    why = "".join(f"<p>No interval where {esc(r)}.</p>" for r in reasons)
+    return folded("Fitted irreducible loss against the oracle entropy", table(head, rows, left=(1,)) + why)
 
 
 def methods(a: Analysis) -> str:
