@@ -177,7 +177,8 @@ def _irreducible(a: Analysis) -> str:
                 ]
             )
     head = ["arm", "domain", "fitted E", "oracle entropy", "bias", "width of the interval", "oracle in the interval"]
-    reasons = {f["refused"]["E"]: None for by in a["fits"].values() for f in by.values() if f.get("refused", {}).get("E")}
+    fits = [f for by_domain in a["fits"].values() for f in by_domain.values()]
+    reasons = dict.fromkeys(f["refused"]["E"] for f in fits if f.get("refused", {}).get("E"))
     why = "".join(f"<p>No interval where {esc(r)}.</p>" for r in reasons)
     return folded("Fitted irreducible loss against the oracle entropy", table(head, rows, left=(1,)) + why)
 
