@@ -17,6 +17,7 @@ from isofusion.laws.holdout import HoldOut
 from isofusion.laws.rollout import Rollout
 from isofusion.laws.sensitivity import Sensitivity
 
+LOW_HITS = 0.6  # share of held-out runs inside a 95 % interval below which it is surely too narrow
 WIDTH = 110  # of output that no terminal sets
 BASELINES = {"carry_over": "carry over", "power_law": "k C^c", "nearest": "nearest run"}
 Show = Callable[[float], str]
@@ -159,7 +160,7 @@ def _tests(out: Console, a: Analysis) -> None:
     floor, silent = "", []
     for name, test in rows:
         if isinstance(test, Refused):
-            silent.append(f"[yellow]no hold-out[/] of the {name}: {escape(test.reason)}")
+            silent.append(f"[yellow]no hold-out[/] ({name}): {escape(test.reason)}")
             continue
         found = test.to_dict()
         floor = floor or found["reducible_floor"]
@@ -181,6 +182,12 @@ def _tests(out: Console, a: Analysis) -> None:
             f"[dim]mean absolute error of the loss above {escape(floor)}; carry over: the next smaller size's loss at "
             "equal tokens; in interval: of 95 % prediction intervals[/]"
         )
+    hits = [t.hit_rate for t in (a.held, a.rollouts["n"]) if not isinstance(t, Refused) and t.hit_rate is not None]
+    if hits and min(hits) < LOW_HITS and len(set(a.runs.group)) == len(a.runs):
+        out.print(
+            "[yellow]few held-out runs are inside their interval[/]: it takes every run for independent; name the "
+            "column of the trunk that runs branched from with --group, or give second seeds"
+        )
     for line in silent:
         out.print(line)
 
@@ -199,8 +206,9 @@ def _choices(out: Console, choices: Sensitivity | Refused) -> None:
         cells = [_number(row.a, "{:.3f}".format), _number(row.n, si), _number(row.d, si)]
         cells += [_number(row.tokens_per_parameter, "{:.3g}".format), _number(row.loss, "{:.4f}".format)]
         cells += [_number(100 * row.misfit, "{:.2f} %".format)]
-        name = row.change if row.group == "default" else f"{row.group}: {row.change}"
-        table.add_row(escape(name), *cells, escape(row.note), style=style)
+        name = "as fitted" if row.group == "default" else f"{row.group}: {row.change}"
+        note = row.note if len(row.note) < 45 else row.note[:42] + "..."
+        table.add_row(escape(name), *cells, escape(note), style=style)
     out.print(table)
     verdict, _, rest = choices.sentence.partition(":")
     if choices.undetermined:

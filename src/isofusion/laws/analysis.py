@@ -36,6 +36,7 @@ from isofusion.laws.table import Runs
 T = TypeVar("T")
 BEYOND = 10.0  # the answer is given at this many times the largest compute of the runs where none is asked for
 TEST_DRAWS = 200  # bootstrap draws of each hold-out at most
+STEP_DRAWS, STEPS = 60, 5  # draws and steps of a rollout
 TEST_GRID = 8  # starts per exponent of the hold-outs' fits; the same ends as the default grid, sooner
 PROFILED = ("alpha", "beta", "E", "N*")
 
@@ -143,7 +144,7 @@ def analyse(
     ]
     at = float(answers[-1]["compute"]) if answers else BEYOND * largest  # type: ignore[index]
     test: dict[str, Any] = {"draws": min(draws, TEST_DRAWS), "delta": delta, "fixed_e": fixed_e, "seed": seed}
-    quick = test | {"draws": min(draws, TEST_DRAWS // 2), "grid": TEST_GRID}
+    quick = test | {"draws": min(draws, STEP_DRAWS), "grid": TEST_GRID, "steps": STEPS}
     held = largest_size(runs)
     what = f"largest size ({_name(runs, held)})"
     found_profiles: dict[str, Profile | Refused] = {}

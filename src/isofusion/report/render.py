@@ -41,7 +41,8 @@ def inline(text: str, label: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{prefix}{m[1]}"', text)
     text = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{prefix}{m[1]})", text)
     text = re.sub(r'xlink:href="#([^"]+)"', lambda m: f'xlink:href="#{prefix}{m[1]}"', text)
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)  # hundredths of a pixel are enough
+    # hundredths of a pixel are enough; only inside tags, since labels between them are numbers too
+    text = re.sub(r"<[^>]*>", lambda m: re.sub(r"(\d+\.\d{2})\d+", r"\1", m[0]), text)
     head = re.match(r"<svg\b[^>]*>", text)
     if not head:
         return text

@@ -88,7 +88,7 @@ def _power_label() -> str:
     digits = "toString(floor(log(datum.value) / LN10 + 1e-9))"
     for plain, raised in zip("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹", strict=True):
         digits = f"replace({digits}, regexp('{plain}', 'g'), '{raised}')"
-    mantissa = "round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))"
+    mantissa = "(round(10 * datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9))) / 10)"
     return f"({mantissa} == 1 ? '' : {mantissa} + '·') + '10' + {digits}"
 
 
