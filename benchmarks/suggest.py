@@ -1,10 +1,11 @@
 """How good are suggested runs? Simulated pools of three laws, spent to 15 % of their cost by five strategies.
 
-    python benchmarks/suggest.py [--seeds 20] [--share 0.15] [--draws 512] [--laws chinchilla,...] [--out FILE.json]
+    python benchmarks/suggest.py [--pools wide,narrow] [--laws chinchilla,...] [--seeds 20] [--share 0.15] [--out FILE]
 
-Pool: 9 sizes x 7 token budgets (2e7..2e9 parameters, 4e8..4e10 tokens), branches of nine trunks, so costs are shared as
-in a study (DESIGN.md section 6); trunk luck 0.2 %, branch noise 0.1 % of the loss. Target: nine points at 3, 10 and 30
-times the largest run's compute, at 5, 20 and 80 tokens per parameter. Laws: Chinchilla as refitted by Besiroglu et
+Pools: "wide", 10 sizes x 10 token budgets over three decades each (1e7..1e10 parameters, 2e8..2e11 tokens), and
+"narrow", 9 x 7 over two (2e7..2e9, 4e8..4e10); branches of one trunk per size, so costs are shared as in a study
+(DESIGN.md section 6); trunk luck 0.2 %, branch noise 0.1 % of the loss. Target: nine points at 3, 10 and 30 times the
+largest run's compute, at 5, 20 and 80 tokens per parameter. Laws: Chinchilla as refitted by Besiroglu et
 al.; strong beta and small alpha; and a p-norm sum (p = 1.25) of Chinchilla's terms, which no E, A, alpha, B, beta fits.
 Every strategy starts from nothing and sees the losses of the runs it chose. The runs it ends with go to `fit_law`.
 
@@ -20,6 +21,7 @@ is the error ratio of the best plan found with the law and the noise known (line
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -54,9 +56,15 @@ LAWS: dict[str, Law] = {
 }
 
 
-def pool(sizes: int = 9, budgets: int = 7) -> tuple[Candidates, Target]:
+POOLS: dict[str, tuple[Array, Array]] = {
+    "wide": (np.geomspace(1e7, 1e10, 10), np.geomspace(2e8, 2e11, 10)),
+    "narrow": (np.geomspace(2e7, 2e9, 9), np.geomspace(4e8, 4e10, 7)),
+}
+
+
+def pool(name: str) -> tuple[Candidates, Target]:
     """The candidates and the target region of the module docstring."""
-    runs = Candidates.grid(np.geomspace(2e7, 2e9, sizes), np.geomspace(4e8, 4e10, budgets), shared=True)
+    runs = Candidates.grid(*POOLS[name], shared=True)
     c, ratio = (v.ravel() for v in np.meshgrid(runs.cost.max() * np.array([3.0, 10.0, 30.0]), [5.0, 20.0, 80.0]))
     n = np.sqrt(c / 6.0 / ratio)
     return runs, Target.points(n, c / 6.0 / n)
@@ -114,9 +122,9 @@ def floor(truth: Law, runs: Candidates, target: Target, budget: float) -> float 
     return best / belief.spread()
 
 
-def run(name: str, strategies: list[Strategy], seeds: int, share: float, draws: int) -> dict[str, Any]:
-    """One law: the whole pool, then every strategy, over the seeds."""
-    truth, (runs, target) = LAWS[name], pool()
+def run(name: str, candidates: str, strategies: list[Strategy], seeds: int, share: float, draws: int) -> dict[str, Any]:
+    """One law and pool: the whole pool, then every strategy, over the seeds."""
+    truth, (runs, target) = LAWS[name], pool(candidates)
     trunk = np.array([f"{x:.6g}" for x in runs.n])
     budget = share * cost_of(runs, list(range(len(runs))))
     rows: dict[str, list[dict[str, float]]] = {}
@@ -155,15 +163,17 @@ def run(name: str, strategies: list[Strategy], seeds: int, share: float, draws: 
         mean["expected_se"] = (
             float(np.std(table["expected"][ok], ddof=1) / np.sqrt(max(1, ok.sum()))) if seeds > 1 else 0.0
         )
-        out["strategies"][strategy] = mean | {"expected_by_seed": [float(v) for v in table["expected"]]}
+        out["strategies"][strategy] = mean | {
+            f"{key}_by_seed": [float(v) for v in table[key]] for key in ("expected", "realised")
+        }
     return out
 
 
-def _write(args: argparse.Namespace, laws: dict[str, Any]) -> None:
+def _write(args: argparse.Namespace, pools: dict[str, Any]) -> None:
     settings = {"seeds": args.seeds, "share": args.share, "draws": args.draws, "trunk": TRUNK, "branch": BRANCH}
     machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine, "settings": settings, "laws": laws}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"machine": machine, "settings": settings, "pools": pools}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -171,17 +181,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--share", type=float, default=0.15, help="of the pool's cost")
     parser.add_argument("--draws", type=int, default=512, help="fresh noise draws a choice is scored on")
+    parser.add_argument("--pools", default=",".join(POOLS))
     parser.add_argument("--laws", default=",".join(LAWS))
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    laws: dict[str, Any] = {}
-    for name in args.laws.split(","):
-        laws[name] = run(name, args.strategies.split(","), args.seeds, args.share, args.draws)
-        _write(args, laws)
-        known = f"; floor {laws[name]['floor']:.2f}" if laws[name]["floor"] else "; no law of the form is true"
-        print(f"{name}: {args.seeds} seeds at {args.share:.0%} of the pool's cost{known}")
-        for strategy, m in laws[name]["strategies"].items():
+    pools: dict[str, Any] = {}
+    for candidates, name in itertools.product(args.pools.split(","), args.laws.split(",")):
+        result = run(name, candidates, args.strategies.split(","), args.seeds, args.share, args.draws)
+        pools.setdefault(candidates, {})[name] = result
+        _write(args, pools)
+        known = f"; floor {result['floor']:.2f}" if result["floor"] else "; no law of the form is true"
+        print(f"{name}, {candidates} pool: {args.seeds} seeds at {args.share:.0%} of the pool's cost{known}")
+        for strategy, m in result["strategies"].items():
             parts = [f"  {strategy:11s} error {100 * m['expected']:.3f} % +- {100 * m['expected_se']:.3f}"]
             parts += [f"(ratio {m['ratio']:.2f})", f" realised {100 * m['realised']:.3f} %", f" R2 {m['r2']:.4f}"]
             parts += [f" {m['runs']:.0f} runs, {m['share']:.1%} of the cost"]
