@@ -254,7 +254,7 @@ def test_bad_input_is_refused(pool: Candidates) -> None:
 
 def test_small_contest(bench: ModuleType) -> None:
     """Two seeds of benchmarks/suggest.py, where the law is not quite true: the measured margins there are wide."""
-    table = bench.run("p-norm", list(STRATEGIES), 2, 0.15, 8)["strategies"]
+    table = bench.run("p-norm", "narrow", list(STRATEGIES), 2, 0.15, 8)["strategies"]
     mine = table.pop("suggest")
     whole = table.pop("whole pool")
     assert mine["share"] <= 0.15 + 1e-9
