@@ -15,20 +15,17 @@ from typing import Any
 import altair as alt
 
 from isofusion.report import style
+from isofusion.report.panels import grid, layered
 from isofusion.report.style import Layout
 
 Analysis = dict[str, Any]
-Chart = Any  # any Altair top-level chart
+Chart = Any  # an Altair chart, or a Panel or Grid of them (panels.py)
 NAMES = {"caption": "captions", "interleaved": "interleaved", "text": "text", "mean": "mean over domains"}
 
 
 def domains_with_mean(a: Analysis) -> list[str]:
     domains: list[str] = list(a["study"]["domains"])
     return domains + ["mean"] if len(domains) > 1 else domains
-
-
-def grid(panels: list[Chart], columns: int) -> Chart:
-    return alt.concat(*panels, columns=columns).resolve_scale(x="independent", y="independent")
 
 
 def rows_of(values: list[dict[str, Any]]) -> alt.Data:
@@ -74,7 +71,7 @@ def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:
         )
         if oracle is not None:
             layers.append(_rule_y(oracle))
-        panels.append(alt.layer(*layers).properties(width=width, height=200, title=NAMES.get(domain, domain)))
+        panels.append(layered(*layers, width=width, height=200, title=NAMES.get(domain, domain)))
     return grid(panels, columns)
 
 
@@ -159,7 +156,7 @@ def scaling_per_arm(a: Analysis, layout: Layout) -> Chart | None:
             )
         title = f"{arm} · {NAMES.get(domain, domain)}"
         height = 150 if layout.name == "wide" else 120
-        charts.append(alt.layer(*layers).properties(width=width, height=height, title=title))
+        charts.append(layered(*layers, width=width, height=height, title=title))
     return grid(charts, columns) if charts else None
 
 
@@ -219,7 +216,7 @@ def differences(a: Analysis, layout: Layout) -> Chart | None:
                 layers.append(bars.mark_point(filled=True, size=38, color=style.INK, clip=True).encode(y=y))
             title = [pair["label"], NAMES.get(domain, domain)]
             height = 140 if layout.name == "wide" else 170
-            panels.append(alt.layer(*layers).properties(width=width, height=height, title=title))
+            panels.append(layered(*layers, width=width, height=height, title=title))
     return grid(panels, columns) if panels else None
 
 
@@ -277,7 +274,7 @@ def compute_optimal(a: Analysis, layout: Layout) -> Chart | None:
             "part:N", scale=alt.Scale(domain=["inside", "extrapolated"], range=[[1, 0], [4, 3]]), legend=None
         )
         line = base.mark_line(strokeWidth=2, clip=True).encode(y=y, strokeDash=dash, detail="piece:O")
-        panels.append(alt.layer(band, line).properties(width=width, height=220, title=title))
+        panels.append(layered(band, line, width=width, height=220, title=title))
     return grid(panels, columns)
 
 
@@ -307,9 +304,7 @@ def predicted_against_observed(a: Analysis, layout: Layout) -> Chart | None:
         for part, data in ((inside, fitted), (outside, held)):
             if data:
                 layers.append(part.encode(x=x, y=y, color=colour, shape=shape))
-        panels.append(
-            alt.layer(*layers).properties(width=width, height=min(width, 260), title=NAMES.get(domain, domain))
-        )
+        panels.append(layered(*layers, width=width, height=min(width, 260), title=NAMES.get(domain, domain)))
     return grid(panels, columns)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import altair as alt
 
 from isofusion.report import style
-from isofusion.report.figures import NAMES, Analysis, Chart, grid, rows_of
+from isofusion.report.figures import NAMES, Analysis, Chart, rows_of
+from isofusion.report.panels import grid, layered
 from isofusion.report.style import Layout
 
 _MARKS = {"oracle entropy": "#000000", "learner's bound": "#a07d1f", "chance": "#9aa0a6"}
@@ -58,9 +59,7 @@ def losses_by_class(a: Analysis, layout: Layout) -> Chart | None:
             point["yOffset"] = alt.YOffset("name:N", scale=alt.Scale(domain=arms, paddingOuter=0.6))
         layers.append(dots.encode(**point))
         step = 34 if len(order) <= 7 else 26
-        panels.append(
-            alt.layer(*layers).properties(width=width, height=step * len(order), title=NAMES.get(domain, domain))
-        )
+        panels.append(layered(*layers, width=width, height=step * len(order), title=NAMES.get(domain, domain)))
     return grid(panels, columns) if panels else None
 
 
@@ -99,8 +98,9 @@ def image_use(a: Analysis, layout: Layout) -> Chart | None:
         )
         points = alt.Chart(rows_of(dots)).mark_point(filled=True, size=65, opacity=1)
         colour = style.arm_colour(arms, legend=False)
-        chart = alt.layer(span, points.encode(x=x, y=y, color=colour, shape=shape))
-        panels.append(chart.properties(width=width, height=max(40, 30 * len(here)), title=NAMES.get(domain, domain)))
+        marks = points.encode(x=x, y=y, color=colour, shape=shape)
+        height = max(40, 30 * len(here))
+        panels.append(layered(span, marks, width=width, height=height, title=NAMES.get(domain, domain)))
     return grid(panels, columns)
 
 

@@ -23,7 +23,8 @@ from isofusion.laws.rollout import Rollout
 from isofusion.laws.sensitivity import Sensitivity
 from isofusion.laws.table import clusters
 from isofusion.report import style
-from isofusion.report.figures import Chart, grid, rows_of
+from isofusion.report.figures import Chart, rows_of
+from isofusion.report.panels import grid, layered
 from isofusion.report.style import Layout
 from isofusion.report.words import power, si
 
@@ -103,7 +104,7 @@ def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:
     hull = _hull(a)
     if hull:
         layers.append(_chart(hull).mark_line(strokeDash=[5, 3], strokeWidth=1.2, color=style.INK).encode(x=x, y=y))
-    return alt.layer(*layers).properties(width=width, height=330 if layout.name == "wide" else 260)
+    return layered(*layers, width=width, height=330 if layout.name == "wide" else 260)
 
 
 def _compute(a: Analysis, n: float, d: np.ndarray) -> np.ndarray:
@@ -178,7 +179,7 @@ def optimal(a: Analysis, layout: Layout) -> Chart | None:
         if asked:
             dots = _chart(asked).mark_point(filled=True, size=60, color=style.INK, clip=True)
             layers.append(dots.encode(x=x, y=y))
-        panels.append(alt.layer(*layers).properties(width=width, height=230, title=title))
+        panels.append(layered(*layers, width=width, height=230, title=title))
     return grid(panels, columns)
 
 
@@ -208,7 +209,7 @@ def isoflop(a: Analysis, layout: Layout) -> Chart | None:
     if minima:
         cross = _chart(minima).mark_point(shape="diamond", size=55, filled=True, color=ORANGE, clip=True)
         left.append(cross.encode(x=x, y=y))
-    panels = [alt.layer(*left).properties(width=width, height=260, title="loss at equal compute")]
+    panels = [layered(*left, width=width, height=260, title="loss at equal compute")]
     right = _minima(a, found, width)
     return grid([*panels, right] if right else panels, columns)
 
@@ -234,7 +235,7 @@ def _minima(a: Analysis, found: IsoFlops, width: int) -> Chart | None:
     layers = [_chart(line).mark_line(strokeWidth=2).encode(x=x, y=y, color=colour)]
     points = _chart(dots).mark_point(filled=True, size=42, opacity=0.9)
     layers.append(points.encode(x=x, y=y, color=colour, shape=alt.Shape("kind:N", scale=shapes, legend=None)))
-    return alt.layer(*layers).properties(width=width, height=260, title="best size per budget")
+    return layered(*layers, width=width, height=260, title="best size per budget")
 
 
 def residuals(a: Analysis, layout: Layout) -> Chart | None:
@@ -264,7 +265,7 @@ def residuals(a: Analysis, layout: Layout) -> Chart | None:
         layers.append(
             _chart(rows).mark_point(filled=True, size=24, opacity=0.7).encode(x=x, y=y, shape=shape, color=colour)
         )
-        panels.append(alt.layer(*layers).properties(width=width, height=200, title=title))
+        panels.append(layered(*layers, width=width, height=200, title=title))
     return grid(panels, columns)
 
 
@@ -296,7 +297,7 @@ def profiles(a: Analysis, layout: Layout) -> Chart | None:
             _chart([{"v": p.estimate, "e": 0.0}]).mark_point(color=ORANGE, filled=True, size=60).encode(x=x, y=y)
         )
         height = 170 if layout.name == "wide" else 140
-        panels.append(alt.layer(*layers).properties(width=width, height=height))
+        panels.append(layered(*layers, width=width, height=height))
     return grid(panels, columns)
 
 
@@ -322,7 +323,7 @@ def _scatter(rows: list[dict[str, float]], x0: float, y0: float, xt: str, yt: st
     y = alt.Y("y:Q", **axis([*(r["y"] for r in rows), y0], yt))
     dots = _chart(rows).mark_point(filled=True, size=12, opacity=0.35, color=BLUE).encode(x=x, y=y)
     at = _chart([{"x": x0, "y": y0}]).mark_point(filled=True, size=80, color=ORANGE, stroke="white").encode(x=x, y=y)
-    return alt.layer(dots, at).properties(width=width, height=230)
+    return layered(dots, at, width=width, height=230)
 
 
 def hold_out(a: Analysis, layout: Layout) -> Chart | None:
@@ -347,7 +348,7 @@ def hold_out(a: Analysis, layout: Layout) -> Chart | None:
         rule = _chart(bars).mark_rule(opacity=0.55, clip=True)
         layers.append(rule.encode(x=x, y=alt.Y("lo:Q", **_same(y)), y2="hi:Q", color=shade))
     layers.append(_chart(rows).mark_point(filled=True, size=46, opacity=1).encode(x=x, y=y, color=shade))
-    panels = [alt.layer(*layers).properties(width=width, height=270, title="predicted against observed")]
+    panels = [layered(*layers, width=width, height=270, title="predicted against observed")]
     right = _steps(a, width)
     return grid([*panels, right] if right else panels, columns)
 
@@ -375,7 +376,7 @@ def _steps(a: Analysis, width: int) -> Chart | None:
     shape = alt.Shape("kind:N", scale=shapes, legend=None)
     line = _chart(rows).mark_line(strokeWidth=1.3).encode(x=x, y=y, color=colour)
     dots = _chart(rows).mark_point(filled=True, size=46, opacity=1).encode(x=x, y=y, color=colour, shape=shape)
-    return alt.layer(line, dots).properties(width=width, height=270, title="each next size, from all below it")
+    return layered(line, dots, width=width, height=270, title="each next size, from all below it")
 
 
 def choices(a: Analysis, layout: Layout) -> Chart | None:
@@ -406,7 +407,7 @@ def choices(a: Analysis, layout: Layout) -> Chart | None:
     )
     rows = [r for r in rows if r["n"] in seen]
     layers.append(_chart(rows).mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=colour))
-    return alt.layer(*layers).properties(width=width, height=18 * len(order))
+    return layered(*layers, width=width, height=18 * len(order))
 
 
 def _kind(group: str, counts: bool) -> str:

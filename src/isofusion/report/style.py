@@ -149,6 +149,7 @@ def themed(chart: Any, layout: Layout) -> dict[str, Any]:
     spec: dict[str, Any] = chart.to_dict(validate=False)
     spec["config"] = {
         "font": FONT,
+        "aria": False,  # a label and a role on every mark doubles the page; the drawing has a label of its own
         "background": "#ffffff",
         "padding": 4,
         "view": {"stroke": None},
