@@ -39,6 +39,7 @@ PLANTED = {
         {"E": 1.7, "A": 400.0, "alpha": 0.34, "B": 1500.0, "beta": 0.36, "p": 1.8},
         grid(n=np.geomspace(1e7, 1e11, 8), d=np.geomspace(1e9, 1e13, 8)),
     ),
+    "tied": ({"E": 1.7, "A": 400.0, "alpha": 0.34, "B": 1500.0}, grid(n=N, d=D)),
     "width-depth": (
         {
             "E": 1.7,

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from isofusion.laws.fit import DELTA, LawFit, Starts, fit_law
 from isofusion.laws.frontier import Cost, Regression, compute_optimal, exponents, regress_allocation
 from isofusion.laws.holdout import HoldOut, hold_out, largest_size
 from isofusion.laws.isoflop import IsoFlops, isoflops
-from isofusion.laws.profile import Profile, profile
+from isofusion.laws.profile import Profile, Studies, profile
 from isofusion.laws.rollout import Rollout, rollout
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
 from isofusion.laws.table import Runs
@@ -145,13 +146,17 @@ def analyse(
     at = float(answers[-1]["compute"]) if answers else BEYOND * largest  # type: ignore[index]
     test: dict[str, Any] = {"draws": min(draws, TEST_DRAWS), "delta": delta, "fixed_e": fixed_e, "seed": seed}
     quick = test | {"draws": min(draws, STEP_DRAWS), "grid": TEST_GRID, "steps": STEPS}
+    budgets = attempt(lambda: isoflops(runs, fit=fit, cost=cost, draws=min(draws, TEST_DRAWS)))
+    known = None if isinstance(budgets, Refused) else budgets
     held = largest_size(runs)
     what = f"largest size ({_name(runs, held)})"
     found_profiles: dict[str, Profile | Refused] = {}
+    studies = Studies.of(fit) if profiles else None
     for name in PROFILED if profiles else ():
         if name == "E" and fixed_e is not None:
             continue
-        found_profiles[name] = attempt(lambda name=name: profile(fit, name, at=at if name == "N*" else None))  # type: ignore[misc]
+        point = at if name == "N*" else None
+        found_profiles[name] = attempt(partial(profile, fit, name, at=point, studies=studies))
     return Analysis(
         runs=runs,
         notes=tuple(notes),
@@ -173,8 +178,8 @@ def analyse(
             "n": attempt(lambda: rollout(runs, "n", **quick)),
             "c": attempt(lambda: rollout(runs, "c", **quick)),
         },
-        sensitivity=attempt(lambda: sensitivity(runs, at, fit=fit, cost=cost)),
-        isoflops=attempt(lambda: isoflops(runs, fit=fit, cost=cost, draws=min(draws, TEST_DRAWS))),
+        sensitivity=attempt(lambda: sensitivity(runs, at, fit=fit, cost=cost, budgets=known)),
+        isoflops=budgets,
         profiles=found_profiles,
     )
 

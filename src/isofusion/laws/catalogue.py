@@ -42,6 +42,31 @@ class Chinchilla(Law):
             apart(x, "n", "d", where)
 
 
+class Tied(Law):
+    """L = E + A/N^alpha + B/D^alpha: one exponent for both, so N* and D* keep their ratio at any compute."""
+
+    name = "tied"
+    formula = "E + A/N^alpha + B/D^alpha"
+    source = "Hoffmann et al. eq. 2 with alpha = beta; the N* ~ C^0.5 that their approaches 1 and 2 find"
+    columns = ("n", "d")
+    parameters = (
+        coefficient("E", meaning="irreducible loss"),
+        coefficient("A"),
+        exponent("alpha"),
+        coefficient("B"),
+    )
+    levels = (("n", 2), ("d", 2))
+    identified_by = "2 or more model sizes and 2 or more token budgets, tokens not in proportion to parameters"
+
+    def terms(self, t: Theta, x: Columns) -> list[Term]:
+        return [t.power("E"), t.power("A", alpha=-np.log(x["n"])), t.power("B", alpha=-np.log(x["d"]))]
+
+    def identified(self, x: Columns, free: frozenset[str], where: str) -> None:
+        super().identified(x, free, where)
+        if {"A", "B"} <= free:
+            apart(x, "n", "d", where)
+
+
 class Terms(Law):
     """E plus one power of each of the given columns: L = E + sum_k A_k / x_k^alpha_k (width, depth, N, D, ...)."""
 

@@ -135,9 +135,9 @@ class Cost:
 
     def size(self, c: Array | float, d: Array | float) -> Array:
         """N with k(N) = C / D (a measured k is interpolated on a fine grid)."""
-        target = np.log(np.asarray(c, dtype=np.float64)) - np.log(np.asarray(d, dtype=np.float64))
         if self.kind == "6nd":
-            return np.exp(target - self.log_k[0])
+            return np.asarray(c, dtype=np.float64) / np.asarray(d, dtype=np.float64) / np.exp(self.log_k[0])
+        target = np.log(np.asarray(c, dtype=np.float64)) - np.log(np.asarray(d, dtype=np.float64))
         if self.encoder is not None:  # k is piecewise linear in N
             each, e = np.exp(target) / 6.0, self.encoder
             saved = 1.0 - e.share

@@ -155,22 +155,25 @@ def _power_with_floor(c: Array, loss: Array) -> tuple[float, float, float, float
     """(k, exponent, E, rms log residual) of k C^c + E, E >= 0, relative least squares; k and E are linear given c."""
     x = np.log(c) - np.log(c).mean()
 
-    def solve(exponent: float) -> tuple[float, float, float]:
-        columns = np.column_stack([np.exp(exponent * x), np.ones_like(x)]) / loss[:, None]
-        k, e = np.linalg.lstsq(columns, np.ones_like(x), rcond=None)[0]
-        if e < 0:
-            k, e = float(columns[:, 0].sum() / (columns[:, 0] @ columns[:, 0])), 0.0
-        if k < 0:
-            k, e = 0.0, float(columns[:, 1].sum() / (columns[:, 1] @ columns[:, 1]))
-        return float(np.sum((columns @ np.array([k, e]) - 1.0) ** 2)), float(k), float(e)
+    def solve(exponent: Array) -> tuple[Array, Array, Array]:
+        """Sum of squares, k and E per exponent [t]."""
+        power, floor = np.exp(exponent[:, None] * x) / loss, 1.0 / loss
+        pp, pf, ff = (power * power).sum(axis=1), power @ floor, floor @ floor
+        p1, f1 = power.sum(axis=1), floor.sum()
+        singular = pp * ff - pf * pf
+        with np.errstate(divide="ignore", invalid="ignore"):
+            k, e = (p1 * ff - f1 * pf) / singular, (f1 * pp - p1 * pf) / singular
+        k, e = np.where(e < 0, p1 / pp, k), np.where(e < 0, 0.0, e)
+        k, e = np.where(k < 0, 0.0, k), np.where(k < 0, f1 / ff, e)
+        return ((k[:, None] * power + e[:, None] * floor - 1.0) ** 2).sum(axis=1), k, e
 
     low, high = np.log(1e-3), np.log(3.0)
     for _ in range(6):  # zoom on -exponent; the profile has one minimum
         trial = np.linspace(low, high, 41)
-        best = int(np.argmin([solve(-float(np.exp(t)))[0] for t in trial]))
+        best = int(np.argmin(solve(-np.exp(trial))[0]))
         low, high = trial[max(0, best - 1)], trial[min(40, best + 1)]
     exponent = -float(np.exp(0.5 * (low + high)))
-    _, k, e = solve(exponent)
+    k, e = (float(v[0]) for v in solve(np.array([exponent]))[1:])
     k_raw = k * float(np.exp(-exponent * np.log(c).mean()))
     spread = float(np.sqrt(np.mean((np.log(e + k_raw * c**exponent) - np.log(loss)) ** 2)))
     return k_raw, exponent, e, spread

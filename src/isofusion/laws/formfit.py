@@ -236,6 +236,31 @@ def fit_form(
     return replace(fit, warnings=tuple(form_warnings(fit, bool(ends.converged[best]))))
 
 
+def follow_starts(
+    columns: Mapping[str, Any] | Runs,
+    law: Law,
+    starts: Sequence[Mapping[str, float]],
+    *,
+    delta: float = 1e-3,
+    fixed: Mapping[str, float] | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+) -> tuple[dict[str, float], float]:
+    """Huber fit of a law from given parameters alone, where good ones are known: (parameters, objective) of the best.
+
+    No search, no report: `fit_form` has both. Raises InputError for unknown names in fixed or bounds.
+    """
+    label = "columns"
+    x, y = _columns(columns, law, label), _column(columns, law.target, label)
+    held = _known(law, fixed, "fixed")
+    free = np.array([n not in held for n in law.names])
+    lower, upper = _box(law, held, bounds, y)
+    theta = np.array([[float(p.to_theta(start[p.name])) for p in law.parameters] for start in starts])
+    problem = FormProblem(law, x, np.log(y), np.ones(len(y)), Criterion("huber", delta), 1.0)
+    ends = _follow(theta, problem, problem.criterion.widths(float(np.median(y))), lower, upper, free)
+    best = int(np.argmin(ends.objective))
+    return {k: float(v) for k, v in law.natural(ends.theta[best]).items()} | held, float(ends.objective[best])
+
+
 def _search(
     theta: Array, problem: FormProblem, widths: list[float], lower: Array, upper: Array, free: np.ndarray
 ) -> tuple[Solution, Array]:

@@ -23,6 +23,7 @@ from isofusion.laws.catalogue import (
     PowerFloor,
     Sparsity,
     Terms,
+    Tied,
     TwoModalities,
 )
 from isofusion.laws.catalogue_more import DataConstrained, Mixture, PNorm, RoutedExperts
@@ -35,6 +36,7 @@ FORMS: dict[str, Law] = {
     law.name: law
     for law in (
         Chinchilla(),
+        Tied(),
         PNorm(),
         Terms("n", "d", "width", name="width"),
         Terms("width", "depth", "d", name="width-depth"),

@@ -20,6 +20,7 @@ from isofusion.errors import InputError
 from isofusion.laws.cost import Cost
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.frontier import compute_optimal
+from isofusion.laws.interpolate import through
 from isofusion.laws.noise import estimate_noise, simulate_noise
 from isofusion.laws.table import Array, Runs, clusters
 from isofusion.laws.warn import FitWarning
@@ -167,12 +168,9 @@ def parabola(x: Array, y: Array) -> Array:
 
 def interpolated(kind: Literal["akima", "pchip"], x: Array, y: Array) -> Array:
     """log N at the lowest point of the interpolating curve through (x [k], y [..., k]), on a grid refined once."""
-    from scipy.interpolate import Akima1DInterpolator, PchipInterpolator
-
     values = np.moveaxis(np.atleast_2d(y), -1, 0)
-    curve = Akima1DInterpolator(x, values) if kind == "akima" else PchipInterpolator(x, values)
     grid = np.linspace(x[0], x[-1], GRID)
-    on = curve(grid)
+    on = through(kind, x, values, grid)
     i = np.clip(np.argmin(on, axis=0), 1, GRID - 2)
     j = np.arange(on.shape[1])
     left, mid, right = (on[i + s, j] for s in (-1, 0, 1))

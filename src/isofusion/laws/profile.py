@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import chdtri
 
 from isofusion.errors import InputError
 from isofusion.laws.bootstrap import refit
@@ -108,11 +108,12 @@ def profile(
     draws: int = 200,
     seed: int = 0,
     name: str | None = None,
+    studies: Studies | None = None,
 ) -> Profile:
     """Profile a parameter, a derived quantity (`at` compute in FLOPs) or any smooth function of Params [S] -> [S].
 
-    draws: simulated studies behind the threshold (scale="noise"). Raises InputError for a quantity that the law does
-    not have, a level outside (0, 1), or fewer than 20 draws.
+    draws: simulated studies behind the threshold (scale="noise"); `studies`: the same already simulated. Raises
+    InputError for a quantity that the law does not have, a level outside (0, 1), or fewer than 20 draws.
     """
     if not 0 < level < 1:
         raise InputError(f"level = {level}: give a coverage between 0 and 1, e.g. 0.95")
@@ -128,7 +129,7 @@ def profile(
     if not np.isfinite(estimate) or not np.any(constraint.gradient(fit.theta[None])):
         raise InputError(f"profile of {label}: the fitted law gives {estimate:g} and does not depend on it smoothly")
     if scale == "noise":
-        threshold = noise_threshold(fit, constraint, level, draws, seed)
+        threshold = noise_threshold(fit, constraint, level, studies or Studies.of(fit, draws, seed))
     else:
         threshold = residual_threshold(fit, level)
     sides = [_walk(fit, problem, constraint, estimate, threshold, sign) for sign in (-1.0, 1.0)]
@@ -170,17 +171,28 @@ def profile(
     )
 
 
-def noise_threshold(fit: LawFit, constraint: Constraint, level: float, draws: int, seed: int) -> float:
-    """Quantile of the profile's excess at the truth over studies simulated at the fit (noise of noise.py)."""
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    noise = simulate_noise(rng, estimate_noise(fit), fit.runs.group, draws)
-    log_loss = np.log(fit.predict(fit.runs.n, fit.runs.d)) + noise
-    _, free, _ = refit(fit, log_loss=log_loss)
+@dataclass(frozen=True)
+class Studies:
+    """Studies simulated at a fit with its noise (noise.py), and the law fitted to each."""
+
+    log_loss: Array  # [S, m]
+    objective: Array  # [S] of the law fitted to each
+
+    @classmethod
+    def of(cls, fit: LawFit, draws: int = 200, seed: int = 0) -> Studies:
+        rng = np.random.Generator(np.random.Philox(key=seed))
+        noise = simulate_noise(rng, estimate_noise(fit), fit.runs.group, draws)
+        log_loss = np.log(fit.predict(fit.runs.n, fit.runs.d)) + noise
+        return cls(log_loss, refit(fit, log_loss=log_loss)[1])
+
+
+def noise_threshold(fit: LawFit, constraint: Constraint, level: float, studies: Studies) -> float:
+    """Quantile of the profile's excess at the truth over simulated studies."""
     base = Problem.of(fit.runs, fit.form, fit.scale, fit.bounds)
-    problem = Problem(base.x, base.y, log_loss, base.weights, base.lower, base.upper, base.free)
-    start = np.repeat(fit.theta[None], draws, axis=0)
+    problem = Problem(base.x, base.y, studies.log_loss, base.weights, base.lower, base.upper, base.free)
+    start = np.repeat(fit.theta[None], len(studies.objective), axis=0)
     held = minimise_on(start, problem, fit.delta, constraint, constraint.value(start))
-    return float(np.quantile(np.maximum(held.objective - free, 0.0), level))
+    return float(np.quantile(np.maximum(held.objective - studies.objective, 0.0), level))
 
 
 def residual_threshold(fit: LawFit, level: float) -> float:
@@ -194,7 +206,7 @@ def residual_threshold(fit: LawFit, level: float) -> float:
     window = max(fit.delta, 0.5 * float(np.median(np.abs(r))))
     slope = float(np.mean(np.abs(r) <= window)) * fit.delta / window
     free = max(1, len(r) - len(fit.names))
-    return float(0.5 * chdtri(1.0, 1.0 - level) * np.sum(psi**2) / free / max(slope, 1e-300))
+    return float(0.5 * NormalDist().inv_cdf(0.5 + 0.5 * level) ** 2 * np.sum(psi**2) / free / max(slope, 1e-300))
 
 
 def _walk(

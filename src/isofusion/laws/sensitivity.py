@@ -23,13 +23,14 @@ from isofusion.laws.envelope import best_sizes, envelope
 from isofusion.laws.fit import LawFit, check_identified, fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import compute_optimal
-from isofusion.laws.isoflop import isoflops
+from isofusion.laws.isoflop import IsoFlops, isoflops
 from isofusion.laws.table import Array, Runs, clusters
 
 DELTAS = (1e-4, 1e-2, 1e-1, 10.0)  # beside the fit's own; 10 is above every residual: least squares
 OUTLIERS = 5
 SPREAD = 2.0  # N* of the lowest and highest choice differ by more: undetermined
 RULED_OUT = 5.0  # log-likelihood per trunk, summed, by which another law must fit worse to be left out of the spread
+GRID = 8  # starts per exponent of the fits with E fixed; the same ends as the default grid, sooner
 FLOORS = (0.0, 0.5, 0.9)  # irreducible losses tried, as shares of the lowest loss
 
 
@@ -144,11 +145,13 @@ def sensitivity(
     cost: Cost | None = None,
     other_n: Sequence[float] | Array | None = None,
     other_name: str = "N without embeddings",
+    budgets: IsoFlops | None = None,
 ) -> Sensitivity:
     """Fit the runs under every choice and compare what each says at `compute` (default: ten times their largest).
 
     fit: the default fit if it is there already. cost: FLOPs per token (default: what the table's `c` holds).
     other_n: parameters counted another way [m], e.g. without embeddings; N* is translated back to the table's count.
+    budgets: the isoFLOP analysis if it is there already.
     Raises InputError where the default law is not identified or has no optimum at `compute`.
     """
     compute = 10.0 * float(runs.c.max()) if compute is None else float(compute)
@@ -165,6 +168,7 @@ def sensitivity(
     table.left_out()
     table.counting(other_n, other_name)
     table.laws()
+    table.frontiers(budgets)
     return Sensitivity(compute, tuple(table.rows))
 
 
@@ -320,11 +324,10 @@ class _Table:
             if self.fit.form.fixed_e is not None and abs(floor - self.fit.form.fixed_e) < 1e-9:
                 continue
             try:
-                other = fit_law(self.runs, fixed_e=floor, delta=self.fit.delta, bounds=self.fit.bounds)
+                other = fit_law(self.runs, fixed_e=floor, delta=self.fit.delta, bounds=self.fit.bounds, grid=GRID)
                 self.add("law", change, [other.params], free=4)
             except InputError as error:
                 self.missing("law", change, str(error))
-        self.frontiers()
 
     def alternative(self, found: Alternative, change: str) -> None:
         """A row for a law whose optimum is looked for numerically."""
@@ -337,7 +340,7 @@ class _Table:
         numbers = (a, float(n[1]), float(d[1]), float(d[1] / n[1]), float(loss[1]), misfit)
         self.rows.append(Choice("law", change, found.alpha, found.beta, *numbers, not out, note))
 
-    def frontiers(self) -> None:
+    def frontiers(self, budgets: IsoFlops | None) -> None:
         """The frontier k C^c with the sizes on it, and isoFLOP parabolas: neither needs a law of N and D."""
         change = "frontier k C^c"
         try:
@@ -353,7 +356,7 @@ class _Table:
             self.missing("law", change, str(error))
         change = "isoFLOP parabolas"
         try:
-            found = isoflops(self.runs, fit=self.fit, cost=self.cost, draws=0)
+            found = budgets or isoflops(self.runs, fit=self.fit, cost=self.cost, draws=0)
             law = found.power["parabola"]
             if law is None:
                 raise InputError("fewer than three budgets with a bracketed minimum")

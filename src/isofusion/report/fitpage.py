@@ -22,9 +22,9 @@ from isofusion.laws.profile import Profile
 from isofusion.laws.rollout import Rollout
 from isofusion.laws.sensitivity import Choice, Sensitivity
 from isofusion.report import render
+from isofusion.report.css import CSS
 from isofusion.report.fitfigures import CLOUD, FIGURES
 from isofusion.report.fittables import answers, capital, choices, every_run, law, method, pretty, short, tests
-from isofusion.report.page import CSS
 from isofusion.report.style import NARROW, WIDE, themed
 from isofusion.report.tables import raised
 from isofusion.report.words import fixed, interval, percent, power, si

@@ -34,6 +34,10 @@ def png(drawing: str, scale: float = 2.0) -> bytes:
     return data
 
 
+_BETWEEN = re.compile("(>[^<>]+<)")
+_FINE = re.compile(r"(\.\d\d)\d+")
+
+
 def inline(text: str, label: str) -> str:
     """An SVG file's text made fit to stand inside a page: ids of its own, width that follows the column, a label."""
     prefix = f"f{next(_count)}-"
@@ -42,7 +46,9 @@ def inline(text: str, label: str) -> str:
     text = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{prefix}{m[1]})", text)
     text = re.sub(r'xlink:href="#([^"]+)"', lambda m: f'xlink:href="#{prefix}{m[1]}"', text)
     # hundredths of a pixel are enough; only inside tags, since labels between them are numbers too
-    text = re.sub(r"<[^>]*>", lambda m: re.sub(r"(\d+\.\d{2})\d+", r"\1", m[0]), text)
+    pieces = _BETWEEN.split(text)
+    pieces[::2] = [_FINE.sub(r"\1", piece) for piece in pieces[::2]]
+    text = "".join(pieces)
     head = re.match(r"<svg\b[^>]*>", text)
     if not head:
         return text
