@@ -23,6 +23,10 @@ li{margin:.25rem 0}
 figure{margin:0 0 1.2rem}
 figure svg{display:block;width:100%;height:auto}
 figure .narrow{display:none}
+.panels{display:grid;gap:.4rem 1rem;align-items:end}
+.panels.p2{grid-template-columns:1fr 1fr}
+.panels.p3{grid-template-columns:repeat(3,1fr)}
+.panels.p4{grid-template-columns:repeat(4,1fr)}
 figcaption{font-size:.93rem;line-height:1.45;color:var(--ink);max-width:48rem;margin-top:.4rem}
 .scroll{overflow-x:auto;margin:.5rem 0 .8rem}
 table{border-collapse:collapse;font:13.5px/1.4 Arial,"Liberation Sans",Helvetica,sans-serif;
@@ -47,6 +51,8 @@ footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
 body{font-size:16px}main{padding:1.2rem .9rem 3rem}
 .top{grid-template-columns:1fr}
 figure .wide{display:none}figure .narrow{display:block}
+.panels.p2,.panels.p3{grid-template-columns:1fr}
+.panels.p4{grid-template-columns:1fr 1fr;gap:.4rem .5rem}
 figure svg{margin:0 auto}
 dl{grid-template-columns:1fr;gap:0}dt{margin-top:.5rem}
 }

@@ -44,6 +44,7 @@ class Layout:
 
 WIDE = Layout("wide", width=900, columns=4, font=11)
 NARROW = Layout("narrow", width=350, columns=1, font=11)
+WRAPPED = Layout("wide", width=900, columns=4, font=12)  # panels that stand in a row or, on a telephone, in a column
 
 
 def arm_styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
