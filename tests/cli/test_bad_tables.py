@@ -14,7 +14,7 @@ import pytest
 
 from isofusion.cli.main import main
 from isofusion.errors import InputError
-from isofusion.laws.readers import read_runs
+from isofusion.laws.tables.readers import read_runs
 
 SIX = "n,d,loss\n" + "".join(f"{{n}}e8,{{d}}e9,{3 - i / 10}\n" for i in range(6))
 ONE_SIZE = "n,d,loss\n" + "".join(f"1e8,{2**i}e9,{3 - i / 10}\n" for i in range(6))

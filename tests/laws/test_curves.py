@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.laws.curves import Final, Tails
-from isofusion.laws.events import masked_crc, read_folder
-from isofusion.laws.readers import read_runs
+from isofusion.laws.tables.curves import Final, Tails
+from isofusion.laws.tables.events import masked_crc, read_folder
+from isofusion.laws.tables.readers import read_runs
 
 # Written by tensorboard 2.21.0: hparams {n_params: 1e8, opt: adam}; val/loss 3.25 at step 1000 as simple_value (what
 # torch's SummaryWriter writes) and 3.0 at step 2000 as a tensor (what TensorFlow 2 writes); tokens 2e9 as a tensor.

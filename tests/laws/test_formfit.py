@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.laws.criterion import Criterion, se_weights
+from isofusion.laws.catalogue.law import Law
 from isofusion.laws.fit import fit_form, fit_law
 from isofusion.laws.forms import FORMS
-from isofusion.laws.formstart import halton
-from isofusion.laws.law import Law
+from isofusion.laws.solve.criterion import Criterion, se_weights
+from isofusion.laws.solve.formstart import halton
 from isofusion.laws.table import Array, Runs
 
 

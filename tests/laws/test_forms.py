@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.laws import law as law_module
+from isofusion.laws.catalogue import law as law_module
+from isofusion.laws.catalogue.law import coefficient, exponent
 from isofusion.laws.forms import FORMS, Law, find, register
-from isofusion.laws.law import coefficient, exponent
 from isofusion.laws.table import Array
 
 RNG = np.random.default_rng(0)

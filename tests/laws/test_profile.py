@@ -8,12 +8,12 @@ from scipy.optimize import minimize
 
 from isofusion.errors import InputError
 from isofusion.laws.bootstrap import bootstrap
-from isofusion.laws.constrained import Constraint, minimise_on
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import closed_form
 from isofusion.laws.objective import Problem, value
 from isofusion.laws.profile import profile
+from isofusion.laws.solve.constrained import Constraint, minimise_on
 from isofusion.laws.table import Runs
 
 

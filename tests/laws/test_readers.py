@@ -16,9 +16,9 @@ import pytest
 from pyarrow import parquet
 
 from isofusion.errors import InputError
-from isofusion.laws import cells, collect
-from isofusion.laws.readers import read_columns, read_runs
 from isofusion.laws.table import Runs
+from isofusion.laws.tables import cells, collect
+from isofusion.laws.tables.readers import read_columns, read_runs
 
 N = [1.3e9, 2.75e8, 1.3e9, 2.75e8]
 D = [2e10, 1e10, 4e10, 2e10]

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isofusion.laws.criterion import Criterion
 from isofusion.laws.fit import evaluate, fit_form, fit_law
 from isofusion.laws.forms import FORMS, Params
+from isofusion.laws.solve.criterion import Criterion
 from isofusion.laws.table import Array, Runs
 
 DATA = Path(os.environ.get("ISOFUSION_FITDATA", Path(__file__).parents[2] / "../shared/fitdata"))

@@ -10,13 +10,13 @@ import pytest
 from scipy.optimize import nnls
 
 from isofusion.errors import InputError
-from isofusion.laws import paperstart
 from isofusion.laws.fit import fine_continuation, fit_law
 from isofusion.laws.forms import Form, Params, Scale
-from isofusion.laws.newton import newton, newton_step, solve_positive
 from isofusion.laws.objective import Problem, minimise
-from isofusion.laws.restart import joined, restart
-from isofusion.laws.start import Projector, descend, exponent_grid, merge
+from isofusion.laws.solve import paperstart
+from isofusion.laws.solve.newton import newton, newton_step, solve_positive
+from isofusion.laws.solve.restart import joined, restart
+from isofusion.laws.solve.start import Projector, descend, exponent_grid, merge
 from isofusion.laws.table import Array, Runs
 
 BOUNDS = (0.01, 3.0)

@@ -69,7 +69,7 @@ class TableOptions:
 
     def read(self, source: Any) -> tuple[Runs, list[str]]:
         """(Runs, notes for the reader); raises InputError as `laws.readers.read_runs`."""
-        from isofusion.laws.readers import ROLES, read_runs
+        from isofusion.laws.tables.readers import ROLES, read_runs
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         columns = {role: given.pop(role) for role in ROLES}

@@ -94,7 +94,7 @@ def read(
     file: Path, arm: str | None, domain: str | None, compute_axis: str | None, columns: dict[str, str | None]
 ) -> tuple[Any, str | None]:
     """(Runs, what was assumed or None) of any table of losses, for commands that name columns in one option."""
-    from isofusion.laws.readers import read_runs
+    from isofusion.laws.tables.readers import read_runs
 
     runs, notes = read_runs(file, columns=columns, arm=arm, domain=domain, compute_axis=compute_axis)
     return runs, "; ".join(notes) or None
@@ -139,7 +139,7 @@ def _default(
 def _with_columns(table: TableOptions, file: Path, pairs: list[str]) -> tuple[Runs, dict[str, Any], list[str]]:
     """The runs, and a law's own columns from the same rows."""
     from isofusion.errors import InputError
-    from isofusion.laws.readers import ROLES, read_columns
+    from isofusion.laws.tables.readers import ROLES, read_columns
 
     extra: dict[str, str] = {}
     for pair in pairs:

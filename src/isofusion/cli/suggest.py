@@ -115,7 +115,7 @@ def _no_table(table: TableOptions, needs_arm: bool) -> None:
 
 def _number(flag: str, text: str) -> float:
     from isofusion.errors import InputError
-    from isofusion.laws.cells import parse
+    from isofusion.laws.tables.cells import parse
 
     value, reason = parse(text.strip(), "n")
     if reason:

@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from isofusion.laws.catalogue import Tied
-from isofusion.laws.catalogue_more import PNorm
+from isofusion.laws.catalogue.bends import PNorm
+from isofusion.laws.catalogue.law import Law
+from isofusion.laws.catalogue.sums import Tied
 from isofusion.laws.cost import REACH, Cost
 from isofusion.laws.fit import LawFit
 from isofusion.laws.formfit import follow_starts
-from isofusion.laws.law import Law
 from isofusion.laws.table import Array, Runs
 
 P_RANGE = (0.25, 8.0)  # past 8 the p-norm is the larger term to 9 % at worst

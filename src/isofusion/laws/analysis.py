@@ -1,7 +1,7 @@
 """Everything `isofusion fit` says about a table of runs, gathered once: printed, written as JSON, drawn as a page.
 
     from isofusion.laws.analysis import analyse
-    from isofusion.laws.readers import read_runs
+    from isofusion.laws.tables.readers import read_runs
 
     runs, notes = read_runs("runs.csv")
     result = analyse(runs, [1e21], notes=notes)

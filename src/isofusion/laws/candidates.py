@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.cells import parse, resolve
 from isofusion.laws.cost import Cost
 from isofusion.laws.design import Gradient, Points, to_params
 from isofusion.laws.forms import Scale
 from isofusion.laws.frontier import closed_form
 from isofusion.laws.table import SAME, Array, Labels, Runs, clusters
+from isofusion.laws.tables.cells import parse, resolve
 
 MOST = 600  # candidates: the covariances are quadratic in them
 LISTED = 5

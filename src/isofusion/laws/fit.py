@@ -20,9 +20,9 @@ from isofusion.errors import InputError
 from isofusion.laws.formfit import FormFit, fit_form
 from isofusion.laws.forms import NAMES, Form, Params, Scale
 from isofusion.laws.objective import Problem, Solution, jacobian, minimise, value
-from isofusion.laws.paperstart import paper_starts
-from isofusion.laws.restart import joined, restart
-from isofusion.laws.start import GRID, Projector, descend, exponent_grid, merge, pin, projection_starts
+from isofusion.laws.solve.paperstart import paper_starts
+from isofusion.laws.solve.restart import joined, restart
+from isofusion.laws.solve.start import GRID, Projector, descend, exponent_grid, merge, pin, projection_starts
 from isofusion.laws.table import Array, Runs, distinct
 from isofusion.laws.warn import FitWarning, WarningCode
 

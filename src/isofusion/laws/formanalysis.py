@@ -16,11 +16,11 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.analysis import BEYOND, Refused, attempt, digest
 from isofusion.laws.cost import REACH, Cost
-from isofusion.laws.criterion import Kind
 from isofusion.laws.fit import DELTA
 from isofusion.laws.formfit import FormFit, fit_form
 from isofusion.laws.forms import find
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
+from isofusion.laws.solve.criterion import Kind
 from isofusion.laws.table import Array, Runs
 
 LEVEL = 0.95

@@ -1,8 +1,8 @@
 """`fit_form`: fit any law of FORMS, or your own, to columns of numbers, with the same report as `fit_law`.
 
-Starts by variable projection (formstart.py), the best of them followed by exact Newton steps through a fine
-continuation from smooth to the measure asked for (criterion.py); starts that met go on as one; corners are finished
-exactly. Legend: S starts, P parameters, m rows.
+Starts by variable projection (solve/formstart.py), the best of them followed by exact Newton steps through a fine
+continuation from smooth to the measure asked for (solve/criterion.py); starts that met go on as one; corners are
+finished exactly. Legend: S starts, P parameters, m rows.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.criterion import Criterion, FormProblem, Kind, polish, se_weights
+from isofusion.laws.catalogue.law import Law
 from isofusion.laws.forms import find
-from isofusion.laws.formstart import form_starts
 from isofusion.laws.formwarn import condition_of, form_warnings, standard_errors
-from isofusion.laws.law import Law
-from isofusion.laws.newton import Solution, newton
+from isofusion.laws.solve.criterion import Criterion, FormProblem, Kind, polish, se_weights
+from isofusion.laws.solve.formstart import form_starts
+from isofusion.laws.solve.newton import Solution, newton
 from isofusion.laws.table import Array, Runs
 from isofusion.laws.warn import FitWarning
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.catalogue import (
+from isofusion.laws.catalogue.bends import DataConstrained, Mixture, PNorm, RoutedExperts
+from isofusion.laws.catalogue.law import Law
+from isofusion.laws.catalogue.sums import (
     Chinchilla,
     ErrorFromLoss,
     OverTraining,
@@ -26,8 +28,6 @@ from isofusion.laws.catalogue import (
     Tied,
     TwoModalities,
 )
-from isofusion.laws.catalogue_more import DataConstrained, Mixture, PNorm, RoutedExperts
-from isofusion.laws.law import Law
 from isofusion.laws.table import Array, Runs
 
 NAMES = ("E", "A", "alpha", "B", "beta")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from isofusion.laws.law import Columns, Law, Theta
+from isofusion.laws.catalogue.law import Columns, Law, Theta
 from isofusion.laws.table import Array
 from isofusion.laws.warn import FitWarning
 

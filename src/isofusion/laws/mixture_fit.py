@@ -63,7 +63,7 @@ def fit_mixture(
     Raises InputError below the least number of different mixtures, of runs, of sizes or of token counts, and for shares
     that do not sum to 1.
     """
-    from isofusion.laws.catalogue_more import Mixture
+    from isofusion.laws.catalogue.bends import Mixture
     from isofusion.laws.formfit import fit_form
 
     if kind not in ("additive", "joint"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isofusion.laws.forms import Form, Scale
-from isofusion.laws.newton import Solution, newton
+from isofusion.laws.solve.newton import Solution, newton
 from isofusion.laws.table import Array, Runs
 
 __all__ = ["Problem", "Solution", "derivatives", "huber", "jacobian", "minimise", "terms", "value"]
@@ -167,7 +167,7 @@ def derivatives(theta: Array, problem: Problem, delta: float) -> tuple[Array, Ar
 def minimise(
     theta: Array, problem: Problem, delta: float, max_iterations: int = 200, tolerance: float = 1e-15
 ) -> Solution:
-    """Damped Newton (newton.py) from every row of theta [S, 5] at once, inside the box.
+    """Damped Newton (solve/newton.py) from every row of theta [S, 5] at once, inside the box.
 
     Stops when the predicted relative decrease is below `tolerance` (the default is rounding).
     """

@@ -21,12 +21,12 @@ import numpy as np
 
 from isofusion.errors import InputError
 from isofusion.laws.bootstrap import refit
-from isofusion.laws.constrained import Constraint, minimise_on
 from isofusion.laws.fit import FitWarning, LawFit
 from isofusion.laws.forms import NAMES, Params
 from isofusion.laws.frontier import Cost, closed_form
 from isofusion.laws.noise import estimate_noise, simulate_noise, tangent
 from isofusion.laws.objective import Problem
+from isofusion.laws.solve.constrained import Constraint, minimise_on
 from isofusion.laws.table import Array
 
 STEPS = 25  # at most so many points on either side

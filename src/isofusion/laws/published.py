@@ -1,6 +1,6 @@
 """Scaling laws from papers, as data with provenance: look-up by name, prediction, and how values were back-solved.
 
-The rows themselves are in `publications.py` (numbers as printed, with table or equation); this file says what a row is
+The rows themselves are in `papers/` (numbers as printed, with table or equation); this file says what a row is
 and what can be computed from it. A value that no paper prints is in `Published.derived` with the way it was found.
 Units: N parameters, D tokens, C FLOPs, loss nats/token. No NumPy at import, so that listing laws is instant.
 """
@@ -265,7 +265,7 @@ READ = (40.0, 63.0)  # tokens per parameter that the ticks of the study's Fig. 1
 @cache
 def laws() -> dict[str, Published]:
     """Every published law by name, in the order of `isofusion laws`."""
-    from isofusion.laws.publications import collect
+    from isofusion.laws.papers.multimodal import collect
 
     return {law.name: law for law in collect()}
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isofusion.errors import InputError
-from isofusion.laws.cells import parse
+from isofusion.laws.tables.cells import parse
 
 Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.str_]
@@ -122,7 +122,7 @@ class Runs:
         The notes of `readers.read_runs`, which reads everything else too, are not returned here. Raises InputError
         naming file, line, column and reason.
         """
-        from isofusion.laws.readers import read_runs
+        from isofusion.laws.tables.readers import read_runs
 
         return read_runs(path, columns=columns, drop_bad=drop_bad)[0]
 

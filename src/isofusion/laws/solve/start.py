@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isofusion.laws.forms import Form, Scale
-from isofusion.laws.newton import solve_positive
+from isofusion.laws.solve.newton import solve_positive
 from isofusion.laws.table import Array, Runs
 
 GRID = 16  # exponents per axis of the variable-projection grid

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.law import Columns, Law
+from isofusion.laws.catalogue.law import Columns, Law
 from isofusion.laws.table import Array
 
 Kind = Literal["huber", "log-squares", "squares", "l1", "asymmetric"]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.cells import COUNTS, has, need, parse, resolve
-from isofusion.laws.sources import Row, Table, open_table
 from isofusion.laws.table import MAX_LISTED, Array, Runs
+from isofusion.laws.tables.cells import COUNTS, has, need, parse, resolve
+from isofusion.laws.tables.sources import Row, Table, open_table
 
 Record = tuple[str, dict[str, Any], str]  # ("line 3" or "run 'a'", raw cell by role, why it is broken or "")
 

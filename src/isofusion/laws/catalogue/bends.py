@@ -11,8 +11,8 @@ from types import MappingProxyType
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.catalogue import Chinchilla, apart
-from isofusion.laws.law import Columns, Law, Parameter, Term, Theta, coefficient, exponent, positive, real
+from isofusion.laws.catalogue.law import Columns, Law, Parameter, Term, Theta, coefficient, exponent, positive, real
+from isofusion.laws.catalogue.sums import Chinchilla, apart
 from isofusion.laws.table import Array
 
 LEAST_SHARE = 1e-6  # a domain that is absent counts as this share, so that its logarithm exists

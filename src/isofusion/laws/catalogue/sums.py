@@ -1,7 +1,7 @@
 """The laws of the literature that are sums of powers, each a small class: formula, source, parameters, what it takes.
 
 Columns everywhere: n parameters, d tokens, c FLOPs, sparsity S = inactive experts / all experts. Units: losses and
-their terms in nats/token; exponents have none. Laws whose terms bend otherwise: catalogue_more.py.
+their terms in nats/token; exponents have none. Laws whose terms bend otherwise: bends.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.law import Columns, Law, Parameter, Term, Theta, coefficient, exponent, real
+from isofusion.laws.catalogue.law import Columns, Law, Parameter, Term, Theta, coefficient, exponent, real
 
 
 class Chinchilla(Law):

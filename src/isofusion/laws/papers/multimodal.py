@@ -288,7 +288,7 @@ def _experts() -> Iterator[Published]:
 
 def collect() -> Iterator[Published]:
     """Every row, the study's first."""
-    from isofusion.laws.publications_text import collect as text
+    from isofusion.laws.papers.language import collect as text
 
     yield from _early()
     yield from _late()

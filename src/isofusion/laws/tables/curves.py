@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.cells import ALIASES, parse, plain, resolve
-from isofusion.laws.collect import Record, some
-from isofusion.laws.events import read_folder
-from isofusion.laws.sources import Table
+from isofusion.laws.tables.cells import ALIASES, parse, plain, resolve
+from isofusion.laws.tables.collect import Record, some
+from isofusion.laws.tables.events import read_folder
+from isofusion.laws.tables.sources import Table
 
 EMA_FORGOTTEN = 1e-6  # weight of everything before the kept window of an exponential average
 WIDE = re.compile(r"(.+) - (.+?)(__MIN|__MAX)?", re.DOTALL)  # the column names of a chart exported from W&B

@@ -12,8 +12,8 @@ import itertools
 import numpy as np
 
 from isofusion.laws.forms import Scale
-from isofusion.laws.newton import Solution
 from isofusion.laws.objective import Problem, derivatives
+from isofusion.laws.solve.newton import Solution
 from isofusion.laws.table import Array, Runs
 
 EXPONENTS = (0.0, 0.5, 2.5)

@@ -10,7 +10,7 @@ Your own law takes ten lines:
 
     >>> import numpy as np
     >>> from isofusion.laws.fit import fit_form
-    >>> from isofusion.laws.law import Law, coefficient, exponent
+    >>> from isofusion.laws.catalogue.law import Law, coefficient, exponent
     >>> class Depth(Law):
     ...     name = "depth"
     ...     formula = "E + A/N^alpha + G/Z^gamma"

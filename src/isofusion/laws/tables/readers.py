@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws import curves, events
-from isofusion.laws.cells import has, need, parse, resolve
-from isofusion.laws.collect import MAX_ROWS, Bad, Reading, Record, collect, limited, report
-from isofusion.laws.curves import Final, Tails
-from isofusion.laws.sources import Table, open_table
 from isofusion.laws.table import DOMAINS, LEDGER, Array, Runs, counted
+from isofusion.laws.tables import curves, events
+from isofusion.laws.tables.cells import has, need, parse, resolve
+from isofusion.laws.tables.collect import MAX_ROWS, Bad, Reading, Record, collect, limited, report
+from isofusion.laws.tables.curves import Final, Tails
+from isofusion.laws.tables.sources import Table, open_table
 
 STUDY = LEDGER | {"size", "seed", "flops_6nd", "variant", "excluded"}  # columns of results.csv that are read
 REQUIRED = ("n", "d", "loss")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from isofusion.laws.law import Columns, Law, Theta
+from isofusion.laws.catalogue.law import Columns, Law, Theta
 from isofusion.laws.table import Array
 
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)

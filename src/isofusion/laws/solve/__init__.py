@@ -1,0 +1,1 @@
+"""Solvers and starts behind `fit_law` and `fit_form`."""

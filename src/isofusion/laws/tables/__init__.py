@@ -1,0 +1,1 @@
+"""Tables of runs from files, folders, frames and training curves."""
