@@ -399,6 +399,67 @@ def test_bad_input_ends_a_job_with_code_2(job: slurm.RunJob, tmp_path: Path, mon
     assert "the study's folder must be on a file system that every node sees" in capsys.readouterr().err
 
 
+def whole_lines(path: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "wall"} for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_real_study_is_preempted_and_ends_in_the_same_bits(
+    one: StudySpec, tmp_path: Path, cluster: Cluster, monkeypatch
+) -> None:
+    """Trained by the local pool and on SLURM, where the trunk and a branch lose their nodes: equal; with a report."""
+    torch = pytest.importorskip("torch", reason="training needs the [train] extra")
+    from isofusion.train.checkpoint import load_tensors, newest_checkpoint
+
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    toml = tmp_path / "changed.toml"
+    toml.write_text(toml.read_text().replace("budgets = [2560, 5120]", "budgets = [2560, 40960]"))
+    there, here = tmp_path / "there", tmp_path / "here"
+
+    def study(*words: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "isofusion", "study", *(str(word) for word in words)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert study("run", toml, "--out", here, "--jobs", 1).returncode == 0
+    on = ("--on", "slurm", "--partition", "cpu", "--array-limit", 1)
+    sent = study("run", toml, "--out", there, *on)
+    assert sent.returncode == 0, sent.stderr
+    assert "3 runs submitted, 0 were queued already, 0 of 3 are done" in sent.stdout
+    long = TRUNK.replace("trunk", "d160")
+
+    def lines(run: str) -> int:
+        path = there / "runs" / run / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    rows = {row["run"]: row["job_id"] for row in jobs.states(there, StudySpec.from_toml(toml))[0]}
+    for run, grace in ((TRUNK, True), (long, False)):
+        cluster.run(until=lambda run=run: lines(run) > 5)
+        cluster.preempt(rows[run], grace=grace)
+    cluster.run()
+    assert set(cluster.states().values()) == {"COMPLETED"}, (there / "slurm" / "101_0_log.out").read_text()
+    for run in (TRUNK, long):
+        assert [e["event"] for e in jobs.events(there / "runs" / run, rows[run])] == [
+            "start",
+            "requeue",
+            "start",
+            "end",
+        ]
+    for config in StudySpec.from_toml(toml).runs():
+        a, b = (root / "runs" / config.name for root in (here, there))
+        assert whole_lines(a / "metrics.jsonl") == whole_lines(b / "metrics.jsonl")
+        first, second = (load_tensors(newest_checkpoint(folder)) for folder in (a, b))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        if config.kind == "branch":
+            measured = [json.loads((folder / "eval.json").read_text()) | {"wall_s": 0} for folder in (a, b)]
+            assert measured[0] == measured[1]
+    assert (there / "report.html").exists()
+    assert study("status", there).stdout.count("done") == 4
+    again = study("run", toml, "--out", there, *on, "--resume")
+    assert again.returncode == 0
+    assert again.stdout.strip().endswith("report.html")
+
+
 def test_sacct_lines() -> None:
     assert jobs._each("12") == ["12"]
     assert jobs._each("12_3") == ["12_3"]

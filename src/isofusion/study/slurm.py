@@ -31,6 +31,7 @@ from isofusion.study.run import MALLOC, THREAD_VARIABLES, TRAIN, fork_ready, is_
 from isofusion.study.slurmjob import ReportJob, RunJob
 from isofusion.study.spec import StudySpec, cost_hint
 
+TRAIN_RANKS = "isofusion.train.launch:train_on_ranks"  # a run of several processes
 TRUNKS = "TRUNKS"  # stands for a job id that only SLURM can give, in a dry run
 OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output", "requeue")
 REPORT_MINUTES = 60
@@ -78,6 +79,11 @@ class Request:
     grace: int = 120  # seconds of warning before the time limit
     setup: tuple[str, ...] = ()
     sbatch: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """Processes of each run."""
+        return self.nodes * max(1, self.gpus)
 
     def check(self, threads: int) -> None:
         """Raises InputError for what SLURM could not know to refuse."""
@@ -296,7 +302,7 @@ def submit(
     *,
     resume: bool,
     report: bool = True,
-    train: str = TRAIN,
+    train: str | None = None,
     command: str = "",
 ) -> Submission:
     """Submit every run that is neither DONE nor queued; the caller has locked the study and prepared its data.
@@ -331,7 +337,8 @@ def submit(
             if array.trunk is not None:
                 array.after = f"afterok:{ids[array.trunk]}"
             parameters = request.for_runs(out, threads) | _of_array(spec, request, array, array.after)
-            tasks = [RunJob(out, run.name, threads, train) for run in array.runs]
+            target = train or (TRAIN_RANKS if request.ranks > 1 else TRAIN)
+            tasks = [RunJob(out, run.name, threads, target) for run in array.runs]
             array.ids = _send(out, parameters, tasks, submission, command)
             for run, job in zip(array.runs, array.ids, strict=True):
                 ids[run.name] = job

@@ -100,7 +100,7 @@ class RunJob:
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
             from submitit.helpers import TorchDistributedEnvironment
 
-            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if self.rank == 0:
             (self.folder / FAILURE).unlink(missing_ok=True)
             self.progress.started(config.name)
