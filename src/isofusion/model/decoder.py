@@ -23,10 +23,8 @@ from isofusion.model.block import Block
 from isofusion.model.experts import SlotPlan
 from isofusion.model.fused import exactly
 from isofusion.model.layers import Embedding, Linear, RMSNorm
+from isofusion.model.memory import HEAD_CHUNK
 from isofusion.model.vision import VisionEncoder, normalise_patches
-
-HEAD_CHUNK = 2**24
-"""Most logits (slots x vocabulary) held at once; 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
