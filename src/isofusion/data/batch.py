@@ -15,7 +15,7 @@ from isofusion.data.sample import DOMAINS
 
 IGNORE = -100
 """Target of a slot that predicts nothing (torch's convention)."""
-SLOT_VECTORS = "token_ids modality doc_id image_id position targets domain token_class oracle".split()
+SLOT_VECTORS = ("token_ids", "modality", "doc_id", "image_id", "position", "targets", "domain", "token_class", "oracle")
 """The arrays of a batch with one entry per slot."""
 
 
@@ -47,7 +47,7 @@ class PackedBatch:
     oracle: Any  # f32[T]: -log p of the target under the true source in nats; NaN where unknown
     keys: tuple[str, ...] = ()  # keys[doc_id]: "source:epoch:sample[:piece]", for audit and exact resume
     target_slot: Any = None  # i64[n]: slots with a target, increasing; filled by `.torch()`
-    facts: Facts | None = None  # filled by `.torch()`
+    facts: Any = None  # Facts, filled by `.torch()`
 
     @property
     def n_slots(self) -> int:

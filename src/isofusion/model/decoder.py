@@ -9,6 +9,7 @@ T slots, D width, V vocabulary, P patches, n slots with a target
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
         `output` belongs to one micro-batch (or rank) of that step: the values of all of them add up to the step's.
         """
         assert output.probability is not None
-        layers = [block.experts for block in self.blocks]
+        layers: list[Any] = [block.experts for block in self.blocks]
         parts = zip(layers, output.probability.unbind(), routing.unbind(), strict=True)
         return torch.stack([experts.balance(p, c) for experts, p, c in parts]).mean()
 

@@ -53,7 +53,7 @@ def _block(
     top_k: int = 1,
     real: float = 0.0,
 ) -> Layer:
-    """`size`: bytes of a number in a matrix product; `weights`: parameters in products; `real`: slots without padding."""
+    """`size`: bytes of a number in a product; `weights`: parameters in products; `real`: slots without padding."""
     t_d, s_d, t_f = slots * width, places * width, slots * hidden
     attention = 4.0 if cpu else size  # bytes of q, k, v and the result
     copies = weights * (2.0 if size == 2 else 0.0)  # bf16 copies of the weights live as long as the graph

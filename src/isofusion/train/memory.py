@@ -27,7 +27,7 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
         return int(torch.cuda.max_memory_allocated() - before)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    results = record.profiler.kineto_results  # type: ignore[union-attr]
+    results = record.profiler.kineto_results
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     level = peak = 0
     for event in events:

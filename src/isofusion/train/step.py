@@ -169,7 +169,7 @@ def train_step(
     summed, not averaged. When the result is not `finite` the weights were *not* updated, and on a GPU no later step
     moves them either: the caller may read a result one step late and stops with them intact.
     """
-    parts = list(batch) if isinstance(batch, (list, tuple)) else [batch]
+    parts: list[Any] = list(batch) if isinstance(batch, (list, tuple)) else [batch]
     optimizer.zero_grad(set_to_none=True)
     count: Any = sum(target_count(part) for part in parts)
     if across is not None:
