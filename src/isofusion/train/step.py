@@ -7,6 +7,7 @@ section 4: weight 0.01). A batch with no target has loss 0 rather than 0 / 0. T 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -71,6 +72,8 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     if not with_grad:
         return 0.0
     norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None], foreach=True)
+    if hasattr(norm, "full_tensor"):  # sharded gradients
+        norm = norm.full_tensor()
     value = float(norm)
     if math.isfinite(value) and value > max_norm:
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm, foreach=True)
@@ -86,23 +89,34 @@ def train_step(
     clip: float,
     balance_weight: float = 0.0,
     device: str = "cpu",
+    across: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> StepResult:
     """One update on a batch of torch tensors; the caller has set the learning rate.
+
+    `across` sums a small tensor over ranks: the batch is then this rank's share of the step, the result that of all.
 
     When the result is not `finite` the weights were *not* updated: the caller stops with them intact.
     """
     optimizer.zero_grad(set_to_none=True)
     with precision_context(precision, device):
         nll_T, output = model.token_losses(batch)  # type: ignore[operator]
-    total = nll_T.float().sum() / max(1, int((batch.targets >= 0).sum()))
+    n_targets = (batch.targets >= 0).sum()
+    if across is not None:
+        n_targets = across(n_targets)
+    total = nll_T.float().sum() / max(1, int(n_targets))
     loss = total + balance_weight * output.balance_loss if balance_weight else total
     if loss.requires_grad:
         loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = clip_gradients(parameters, clip)
     nll, counts = domain_sums(nll_T, batch.targets, batch.domain)
-    balance = float(output.balance_loss.detach())
-    result = StepResult(float(total.detach()), balance, norm, nll, counts)
+    value, balance = float(total.detach()), float(output.balance_loss.detach())
+    if across is not None:
+        sums = torch.tensor([value, balance, *nll.values(), *counts.values()], dtype=torch.float64)
+        value, balance, *rest = across(sums).tolist()
+        nll = dict(zip(nll, rest, strict=False))
+        counts = {name: int(n) for name, n in zip(counts, rest[len(nll) :], strict=True)}
+    result = StepResult(value, balance, norm, nll, counts)
     if result.finite:
         optimizer.step()
     return result
