@@ -46,12 +46,23 @@ class PackedBatch:
     token_class: Any  # u8[T]: class of the *target* of this slot (world only), 0 = unclassified
     oracle: Any  # f32[T]: -log p of the target under the true source in nats; NaN where unknown
     keys: tuple[str, ...] = ()  # keys[doc_id]: "source:epoch:sample[:piece]", for audit and exact resume
+    row_numbers: Any = ()  # tuple[int, ...]: which rows of its step these are, where a rank took a part of them
     target_slot: Any = None  # i64[n]: slots with a target, increasing; filled by `.torch()`
     facts: Any = None  # Facts, filled by `.torch()`
 
     @property
     def n_slots(self) -> int:
         return self.rows * self.row_len
+
+    def keys_by_row(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(row number of the step, keys of its documents) of each row of a NumPy batch."""
+        numbers = self.row_numbers or tuple(range(self.rows))
+        out, first = [], 0
+        for number, doc_L in zip(numbers, self.doc_id.reshape(self.rows, self.row_len), strict=True):
+            after = max(first, int(doc_L.max()) + 1)
+            out.append((number, self.keys[first:after]))
+            first = after
+        return out
 
     def torch(self, device: str = "cpu", pin: bool = False) -> PackedBatch:
         """The same batch with torch tensors on `device` (index vectors become int64 where torch needs them).

@@ -120,7 +120,9 @@ def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros((), device=parameters[0].device if parameters else None)
-    return torch.nn.utils.get_total_norm(grads, foreach=not grads[0].is_meta)
+    norm = torch.nn.utils.get_total_norm(grads, foreach=not grads[0].is_meta)
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients sharded over ranks
+    return whole
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
