@@ -13,6 +13,13 @@ from isofusion.config import ModelConfig, RunConfig
 from isofusion.data.batch import PackedBatch
 
 
+def shape_of(batch: PackedBatch) -> dict[str, int]:
+    """The fields of count.BatchShape for one NumPy batch."""
+    from isofusion.model.count import batch_shape
+
+    return {name: int(value) for name, value in asdict(batch_shape(batch)).items()}
+
+
 @dataclass
 class Tally:
     """Totals up to a step. `shape` sums the fields of count.BatchShape, which the FLOP ledger is linear in."""
@@ -35,11 +42,13 @@ class Tally:
 
     def add(self, batch: PackedBatch) -> None:
         """Count one NumPy batch."""
-        from isofusion.model.count import batch_shape
+        self.add_shape(shape_of(batch))
 
+    def add_shape(self, shape: dict[str, int]) -> None:
+        """Count what `shape_of` says of a batch, or of a rank's part of it."""
         before = self.tokens
-        for name, value in asdict(batch_shape(batch)).items():
-            self.shape[name] = self.shape.get(name, 0) + int(value)
+        for name, value in shape.items():
+            self.shape[name] = self.shape.get(name, 0) + value
         self.own_tokens += self.tokens - before
 
     def to_json(self) -> dict[str, Any]:
