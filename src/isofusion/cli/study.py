@@ -70,11 +70,13 @@ def estimate_command(
 ) -> None:
     """What a study will cost: every run with N, D, FLOPs, time and memory; exit code 2 if it does not fit here."""
     from isofusion.study.estimate import estimate
-    from isofusion.study.run import thread_budget
+    from isofusion.study.split import choose_split
 
     spec, out, _ = _load(toml, out, data, sets)
-    jobs, threads = thread_budget(jobs, threads)
-    found = estimate(spec, out=out, jobs=jobs, threads=threads, probe=probe, console=Console(stderr=True))
+    console = Console(stderr=True)
+    split = choose_split(spec, out, jobs=jobs, threads=threads, probe=probe, console=console)
+    found = estimate(spec, out=out, jobs=split.jobs, threads=split.threads, probe=probe, console=console)
+    found.notes += split.notes
     if as_json:
         print(json.dumps(found.as_json(), indent=1))
     else:
@@ -123,11 +125,11 @@ def lock_command(
 ) -> None:
     """Fix runs, hold-out, metric and exclusions before training, in OUT/study.lock."""
     from isofusion.study.lock import LOCK, write_lock
-    from isofusion.study.run import thread_budget
+    from isofusion.study.split import choose_split
 
     spec, out, overrides = _load(toml, out, data, sets)
-    jobs, threads = thread_budget(jobs, threads)
-    lock = write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
+    split = choose_split(spec, out, jobs=jobs, threads=threads, console=Console(stderr=True))
+    lock = write_lock(out, spec, toml=toml, jobs=split.jobs, threads=split.threads, overrides=overrides)
     print(f"{out / LOCK}: {len(lock['runs'])} runs, digest {lock['digest'][:12]}, locked {lock['locked_at']}")
 
 
@@ -163,6 +165,7 @@ def run_command(
     """
     from isofusion.study.lock import LOCK, check_lock, read_lock, write_lock
     from isofusion.study.run import Interrupted, prepare, refuse_what_does_not_fit, run_study, thread_budget
+    from isofusion.study.split import choose_split
 
     asked: dict[str, Any] = {
         "time": time,
@@ -181,11 +184,15 @@ def run_command(
             report_command(out)
         return
     slurm.refuse_local(out, {**asked, "dry_run": dry_run or None, "no_report": no_report or None})
-    if threads is None and (out / LOCK).exists():
-        threads = read_lock(out)["threads"]
-    jobs, threads = thread_budget(jobs, threads)
+    console = Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
     if (out / LOCK).exists():
+        jobs, threads = thread_budget(jobs, read_lock(out)["threads"] if threads is None else threads)
         check_lock(out, spec)
+    else:
+        split = choose_split(spec, out, jobs=jobs, threads=threads, console=console)
+        jobs, threads = split.jobs, split.threads
+        for note in split.notes:
+            print(f"note: {note}", file=sys.stderr)
     if not (out / "runs").exists():
         refuse_what_does_not_fit(spec, out, jobs)
     if not (out / LOCK).exists():
@@ -193,7 +200,6 @@ def run_command(
         for note in prepare(spec):
             print(f"note: {note}", file=sys.stderr)
     write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
-    console = Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
     command = shlex.join(["isofusion", "study", "run", str(toml), "--out", str(out), "--resume"])
     console.print(
         f"{spec.name}: {len(spec.runs())} runs in {out}, {jobs} jobs x {threads} threads", highlight=False, markup=False
