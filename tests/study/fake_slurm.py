@@ -195,7 +195,7 @@ class Cluster:
             if not self._step() and not self.running:
                 assert until is None, f"nothing runs any more and the moment did not come: {self.states()}"
                 return
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def preempt(self, name: str, *, grace: bool) -> None:
         """Take a job's node away: with time of grace the job must ask to be queued again, without SLURM does it."""
