@@ -101,7 +101,13 @@ def srun(folder: Path, words: list[str]) -> int:
             environment = {**os.environ, **{key: str(value) for key, value in environment.items()}}
             processes.append(subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment))
     (folder / f"pids-{name}").write_text(" ".join(str(process.pid) for process in processes))
-    return max(process.wait() % 256 for process in processes)
+    while any(process.poll() is None for process in processes):
+        if "--kill-on-bad-exit" in options and any(process.poll() for process in processes):
+            time.sleep(2)  # SLURM waits longer (KillWait)
+            for process in processes:
+                process.kill()
+        time.sleep(0.01)
+    return max(process.returncode % 256 for process in processes)
 
 
 def squeue(folder: Path, words: list[str]) -> int:
@@ -189,7 +195,7 @@ class Cluster:
             if not self._step() and not self.running:
                 assert until is None, f"nothing runs any more and the moment did not come: {self.states()}"
                 return
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def preempt(self, name: str, *, grace: bool) -> None:
         """Take a job's node away: with time of grace the job must ask to be queued again, without SLURM does it."""

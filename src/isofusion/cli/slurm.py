@@ -127,7 +127,10 @@ def run(
         overrides=study.overrides,
     )
     words = ["isofusion", "study", "run", str(study.toml), "--out", str(study.out), "--on", "slurm"]
-    words += ["--partition", request.partition, "...", "--resume"]
+    for key, value in asked.items():
+        for one in value if isinstance(value, list) else [] if value is None else [value]:
+            words += [f"--{key.replace('_', '-')}", str(one)]
+    words += ["--resume"] if report else ["--no-report", "--resume"]
     done = slurm.submit(spec, out, request, threads, resume=resume, report=report, command=shlex.join(words))
     return _print_submission(study, done)
 
