@@ -99,7 +99,7 @@ def test_precision_is_the_machines_or_what_is_asked(avx512_bf16: bool, amx: bool
         assert choose_precision(asked) == asked
 
 
-# ---- several micro-batches, and a step that asks the device nothing ---------------------------------------------------
+# ---- several micro-batches, and a step that asks the device nothing -------------------------------------------------
 
 WORLD = DataConfig(
     sources=[

@@ -15,7 +15,7 @@ from isofusion.data.sample import DOMAINS
 
 IGNORE = -100
 """Target of a slot that predicts nothing (torch's convention)."""
-SLOT_VECTORS = "token_ids modality doc_id image_id position targets domain token_class oracle".split()
+SLOT_VECTORS = ("token_ids", "modality", "doc_id", "image_id", "position", "targets", "domain", "token_class", "oracle")
 """The arrays of a batch with one entry per slot."""
 
 
@@ -48,7 +48,7 @@ class PackedBatch:
     keys: tuple[str, ...] = ()  # keys[doc_id]: "source:epoch:sample[:piece]", for audit and exact resume
     row_numbers: Any = ()  # tuple[int, ...]: which rows of its step these are, where a rank took a part of them
     target_slot: Any = None  # i64[n]: slots with a target, increasing; filled by `.torch()`
-    facts: Facts | None = None  # filled by `.torch()`
+    facts: Any = None  # Facts, filled by `.torch()`
 
     @property
     def n_slots(self) -> int:

@@ -77,6 +77,7 @@ class Experts(nn.Module):
         self.gate_up = unset(cfg.n_experts, cfg.width, 2 * hidden)
         self.down = unset(cfg.n_experts, hidden, cfg.width)
         self.mask = mask = modality_mask(cfg)
+        self.restricted = not bool(mask.all())
         # no buffer: a model that is made on the meta device must not lose its values
         self.forbidden_ME = torch.from_numpy(np.where(mask.T, 0.0, -np.inf).astype(np.float32))
         fixed = bool((mask.sum(0) == 1).all())
@@ -93,7 +94,7 @@ class Experts(nn.Module):
                 logits_TE = x_TD.new_zeros(x_TD.shape[0], self.n_experts, dtype=torch.float32)
             else:
                 logits_TE = F.linear(x_TD.float(), self.router)
-            if not self.mask.all():
+            if self.restricted:
                 forbidden_ME = self.forbidden_ME.to(x_TD.device, non_blocking=True)
                 logits_TE = logits_TE + forbidden_ME.index_select(0, slots.modality_T)
             return logits_TE.softmax(-1)
