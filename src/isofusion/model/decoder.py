@@ -20,7 +20,7 @@ from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
 from isofusion.model.attention import make_plan
-from isofusion.model.block import Block
+from isofusion.model.block import Block, run_block
 from isofusion.model.experts import SlotPlan
 from isofusion.model.fused import exactly
 from isofusion.model.layers import Embedding, Linear, RMSNorm
@@ -63,6 +63,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, cfg.width, cfg.head_dim, cfg.n_experts > 0) for _ in range(cfg.depth))
         self.final_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = Linear(cfg.width, cfg.vocab_size)
+        self.recompute = 0  # first blocks, the encoder's before the decoder's, whose activations are computed twice
         self.logit_scale = cfg.base_width / cfg.width if cfg.base_width else 1.0  # muP's output multiplier
 
     def see(self, batch: PackedBatch) -> Tensor:
@@ -74,7 +75,7 @@ class Decoder(nn.Module):
             )
         patches = batch.patches.reshape(batch.patches.shape[0], self.cfg.patch_dim)
         if self.encoder is not None and self.connector is not None:
-            return self.connector(self.encoder(patches, batch.patches_per_image)).float()
+            return self.connector(self.encoder(patches, batch.patches_per_image, self.recompute)).float()
         assert self.patch is not None
         return self.patch(normalise_patches(patches)).float()
 
@@ -84,8 +85,9 @@ class Decoder(nn.Module):
         slots = SlotPlan.of(batch) if cfg.n_experts else None
         x_TD = self.embed(batch.token_ids).index_copy(0, batch.patch_slot, self.see(batch))
         losses, counts, sums = [], [], []
-        for block in self.blocks:
-            x_TD, routed = block(x_TD, plan, slots)
+        again = self.recompute - (self.cfg.encoder_layers if self.encoder is not None else 0)
+        for i, block in enumerate(self.blocks):
+            x_TD, routed = run_block(block, i < again, x_TD, plan, slots)
             if routed is not None:
                 losses.append(routed.balance_loss)
                 counts.append(routed.counts_ME)
@@ -94,6 +96,12 @@ class Decoder(nn.Module):
         if not losses:
             return ModelOutput(hidden_TD, x_TD.new_zeros(()), None, None)
         return ModelOutput(hidden_TD, torch.stack(losses).mean(), torch.stack(counts), torch.stack(sums))
+
+    def compile_blocks(self) -> None:
+        """Compile every block in place, whole: blocks of one kind share one compilation, and names do not change."""
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in [*self.blocks, *(self.encoder.blocks if self.encoder is not None else ())]:
+            block.compile(fullgraph=True)
 
     def balance_loss(self, output: ModelOutput, routing: Tensor) -> Tensor:
         """The balance loss with shares from `routing` i64 [depth, 2, E], the counts of a whole step.

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from torch import nn
 
 from isofusion.config import RunConfig
 from isofusion.data.batch import PackedBatch
+from isofusion.data.loader import Loader, open_stream
 from isofusion.errors import InputError, RunFailure
 from isofusion.train import checkpoint
+from isofusion.train.machine import Machine
 from isofusion.train.metrics import MetricsLog, truncate_metrics
 from isofusion.train.optimizer import build_optimizer, set_lr_factor
-from isofusion.train.parallel import ONE, Parallel
+from isofusion.train.parallel import Parallel
 from isofusion.train.process import environment, only_process, reproducible, sigterm
 from isofusion.train.schedule import lr_factor
+from isofusion.train.speed import Speed
 from isofusion.train.step import StepResult, choose_precision, train_step
 from isofusion.train.tally import Tally, shape_of
 
@@ -72,7 +76,7 @@ def train_run(
     stop: Callable[[], bool] | None = None,
     model_factory: ModelFactory = build_decoder,
     stream_factory: StreamFactory = build_stream,
-    parallel: Parallel = ONE,
+    parallel: Parallel | None = None,
     asynchronous: bool = False,
 ) -> str:
     """Train `config` in `folder`, resuming by itself: "done", or "interrupted" (SIGTERM, stop()) with a checkpoint.
@@ -84,6 +88,8 @@ def train_run(
     go on (non-finite loss, full disk, a second process in the same folder, a lost rank); the last whole checkpoint is
     kept.
     """
+    machine = Machine.here()
+    parallel = parallel or Parallel(device=machine.resolve())
     emit = _emitter(config, on_event if parallel.first else None)
 
     def kept() -> str:
@@ -94,9 +100,11 @@ def train_run(
             return "done"
         try:
             parallel.from_first(lambda: _take(folder, stack))
-            stack.enter_context(reproducible(threads))
+            stack.enter_context(reproducible(threads, deterministic=parallel.device == "cpu"))
             terminated = stack.enter_context(sigterm())
-            run = _Run(config, folder, runs_root, threads, emit, model_factory, stream_factory, parallel, asynchronous)
+            run = _Run(
+                config, folder, runs_root, threads, emit, model_factory, stream_factory, parallel, asynchronous, machine
+            )
             return run.finish(lambda: terminated.is_set() or bool(stop and stop()))
         except OSError as error:
             raise RunFailure(
@@ -133,10 +141,15 @@ class _Run:
         stream_factory: StreamFactory,
         parallel: Parallel,
         asynchronous: bool,
+        machine: Machine,
     ) -> None:
         self.config, self.folder, self.threads, self.emit, self.parallel = config, folder, threads, emit, parallel
         self.store = _store(folder / "checkpoints", parallel, asynchronous)
         self.stream = stream_factory(config, "train")
+        own = stream_factory is build_stream  # workers open the same data by themselves
+        data = (config.data, config.seed, "train", config.train.rows_per_step)
+        self.opener = partial(open_stream, *data) if own else None
+        self.input_workers = machine.workers(parallel.device, threads) if own else 0
         # opened now, so that validation data which cannot be read stops a branch before it trains
         self.val_stream = stream_factory(config, "val") if config.kind == "branch" else None
         words = self.stream.tokenizer.vocab_size
@@ -151,6 +164,8 @@ class _Run:
         self.step = 0
         self.tally = Tally()
         self.precision = choose_precision(config.train.precision, parallel.device)
+        self.micro_rows = machine.prepare(self.model, config, parallel.device, self.precision)
+        self.speed = Speed(parallel.device, self.precision, threads)
         self._start(runs_root)
         self._describe()
 
@@ -222,7 +237,7 @@ class _Run:
         finally:
             self.store.close()
         config, folder = self.config, self.folder
-        summary = self.tally.report(config, self.step)
+        summary = {**self.tally.report(config, self.step), **self.speed.report()}
         files: dict[str, str] = {}
         if config.kind == "branch":
             from isofusion.evaluate.run import evaluate_run
@@ -248,38 +263,55 @@ class _Run:
         config, train = self.config, self.config.train
         metrics = MetricsLog(self.folder / "metrics.jsonl") if self.parallel.first else None
         told, told_tokens = time.monotonic(), self.tally.own_tokens
+        device = self.parallel.device
+        waiting: list[Callable[[], float]] = []  # on a GPU a step is read after the next one was launched
+        loader = Loader(
+            self.stream,
+            self.step,
+            config.end_step,
+            workers=self.input_workers,
+            opener=self.opener,
+            device=device,
+            micro_rows=self.micro_rows,
+            part=self.parallel.part,
+        )
+        loss = float("nan")
         try:
             while self.step < config.end_step:
-                began = time.monotonic()
-                batch, shapes, keys = self._next_batch()
+                began, waited = time.monotonic(), loader.wait_s
+                item = loader.next()
+                shapes, keys = self._whole_step(item.host)
                 factor = lr_factor(self.step, config)
                 set_lr_factor(self.optimizer, factor)
                 result = train_step(
                     self.model,
                     self.optimizer,
-                    batch.torch(self.parallel.device),
+                    item.parts,
                     precision=self.precision,
                     clip=train.clip,
                     balance_weight=config.model.balance_weight if config.model.n_experts else 0.0,
-                    device=self.parallel.device,
+                    device=device,
                     across=self.parallel.across,
                 )
-                if not result.finite:
-                    raise RunFailure(self._not_finite(result))
                 self.step += 1
                 for shape in shapes:
                     self.tally.add_shape(shape)
+                waiting.append(self._settle(result, keys, train.lr * factor, began, metrics))
+                due = self.step % train.checkpoint_every == 0 or self.step in config.forks
+                due = due or self.step == config.end_step
+                while len(waiting) > (0 if due or device == "cpu" else 1):
+                    loss = waiting.pop(0)()
                 now = time.monotonic()
                 self.tally.wall_s += now - began
-                if metrics:
-                    metrics.append(self._record(result, keys, train.lr * factor, now - began))
+                self.tally.input_wait_s += loader.wait_s - waited
                 if self.step % train.log_every == 0 or now - told > EVENT_EVERY_S or self.step == config.end_step:
                     rate = (self.tally.own_tokens - told_tokens) / max(now - told, 1e-9)
-                    self.emit("train", step=self.step, loss=result.loss, tokens_per_s=rate)
+                    self.emit("train", step=self.step, loss=loss, tokens_per_s=rate)
                     told, told_tokens = now, self.tally.own_tokens
                 stop = self.parallel.any(stopping())
-                due = self.step % train.checkpoint_every == 0 or self.step in config.forks
-                if due or stop or self.step == config.end_step:
+                if due or stop:
+                    while waiting:
+                        loss = waiting.pop(0)()
                     if metrics:
                         metrics.sync()
                     self._save()
@@ -287,28 +319,52 @@ class _Run:
                     self.emit("interrupted", step=self.step)
                     return False
         finally:
+            loader.close()
             if metrics:
                 metrics.close()
         return True
 
-    def _next_batch(self) -> tuple[PackedBatch, list[dict[str, int]], tuple[str, ...]]:
-        """This rank's rows of the next step (NumPy), and of the whole step: the shapes that add up to it, its keys."""
+    def _settle(
+        self, result: StepResult, keys: tuple[str, ...], lr: float, began: float, metrics: MetricsLog | None
+    ) -> Callable[[], float]:
+        """What is left to do for a step once its numbers are there: check them, write them, return the loss."""
+        step, tokens = self.step, (self.tally.tokens, self.tally.text_tokens, self.tally.image_tokens)
+        launched = time.monotonic()
+
+        def settle() -> float:
+            if not result.finite:
+                raise RunFailure(self._not_finite(result, step))
+            wall = (time.monotonic() if self.parallel.device == "cpu" else launched) - began
+            if metrics:
+                metrics.append(self._record(result, step, tokens, keys, lr, wall))
+            return result.loss
+
+        return settle
+
+    def _whole_step(self, batch: PackedBatch) -> tuple[list[dict[str, int]], tuple[str, ...]]:
+        """Of the whole step, given this rank's rows (NumPy): the shapes that add up to it, and its keys."""
         if not self.parallel.sharded:
-            batch = self.stream.batch(self.step)
-            return batch, [shape_of(batch)], batch.keys
-        batch = self.stream.batch(self.step, self.parallel.part)
+            return [shape_of(batch)], batch.keys
         told = self.parallel.exchange((shape_of(batch), batch.keys_by_row()))
         rows = sorted(row for _, part in told for row in part)
-        return batch, [shape for shape, _ in told], tuple(key for _, keys in rows for key in keys)
+        return [shape for shape, _ in told], tuple(key for _, keys in rows for key in keys)
 
-    def _record(self, result: StepResult, keys: tuple[str, ...], lr: float, wall: float) -> dict[str, Any]:
+    def _record(
+        self,
+        result: StepResult,
+        step: int,
+        tokens: tuple[int, int, int],
+        keys: tuple[str, ...],
+        lr: float,
+        wall: float,
+    ) -> dict[str, Any]:
         """One line of metrics.jsonl: token counts are totals since step 0; losses and `wall` (s) are of this update."""
         losses = {f"loss_{d}": result.nll[d] / n if n else None for d, n in result.targets.items()}
         return {
-            "step": self.step,
-            "tokens": self.tally.tokens,
-            "text_tokens": self.tally.text_tokens,
-            "image_tokens": self.tally.image_tokens,
+            "step": step,
+            "tokens": tokens[0],
+            "text_tokens": tokens[1],
+            "image_tokens": tokens[2],
             "lr": lr,
             "grad_norm": result.grad_norm,
             "loss": result.loss,
@@ -332,12 +388,12 @@ class _Run:
         }
         self.store.save(self.step, self.model, self.optimizer, state, self.config.forks)
 
-    def _not_finite(self, result: StepResult) -> str:
+    def _not_finite(self, result: StepResult, step: int) -> str:
         named = {"loss": result.loss, "balance loss": result.balance, "gradient norm": result.grad_norm}
         what = next(name for name, value in named.items() if not np.isfinite(value))
         whole = next((f"step_{n}" for n in checkpoint.steps(self.store.folder)), "none yet")
         return (
-            f"run {self.config.name}, update {self.step + 1} of {self.config.end_step}: the {what} is not finite "
+            f"run {self.config.name}, update {step} of {self.config.end_step}: the {what} is not finite "
             f"(loss {result.loss}, gradient norm {result.grad_norm}). The weights were not updated and the last good "
             f"checkpoint is kept ({whole}). In a new study, lower train.lr (now {self.config.train.lr:g}), raise "
             f"train.warmup_steps (now {self.config.train.warmup_steps}) or set train.precision = 'fp32' (now "

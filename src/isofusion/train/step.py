@@ -196,11 +196,13 @@ def train_step(
     numbers = torch.cat((torch.stack((_sum(losses), _sum(balances))).double(), _sum(sums)))
     if across is not None:
         numbers = across(numbers)
-    if device != "cpu":
+    sharded = any(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"])
+    if device != "cpu" and not sharded:  # the fused kernel takes no plain scale beside sharded tensors: those wait
         norm = step_on_device(optimizer, clip, numbers[:2])
         return StepResult(torch.cat((numbers[:2], norm.double().view(1), numbers[2:])))
     norm_value = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], clip)
-    result = StepResult(torch.cat((numbers[:2], torch.tensor([norm_value], dtype=torch.float64), numbers[2:])))
+    norm = torch.full((1,), norm_value, dtype=torch.float64, device=numbers.device)
+    result = StepResult(torch.cat((numbers[:2], norm, numbers[2:])))
     if result.finite:
         optimizer.step()
     return result
