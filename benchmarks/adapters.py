@@ -178,8 +178,6 @@ def _import(name: str, folder: Path) -> Any:
 class _Empty(types.ModuleType):
     """A module in which every name is an empty class; `recoverable_errors` is what OLMo-core reads of one."""
 
-    __path__: list[str] = []  # a package, so that submodules may be looked up
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -194,7 +192,8 @@ def _stand_ins(*names: str) -> Iterator[None]:
         try:
             importlib.import_module(name)
         except ImportError:
-            sys.modules[name] = _Empty(name)
+            sys.modules[name] = empty = _Empty(name)
+            empty.__path__ = []  # a package, so that submodules may be looked up
             placed.append(name)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a process like the study's workers, interleaved timing, the GEMM bound, results as JSON."""
+"""What the benchmarks share: a process like a study's workers, interleaved timing, the GEMM bound, JSON results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def as_worker() -> None:
 
 
 def interleaved(work: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds of one call of each, as [round]: A B C A B C ..., `repeats` calls a turn, so that drift hits all alike."""
+    """Seconds of one call of each, by round: A B C A B C ..., `repeats` calls a turn, so that drift hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, call in work.items():

@@ -3,10 +3,10 @@
     python benchmarks/peers.py --nanogpt DIR --nanochat DIR --olmo-core DIR [--threads 2] [--rounds 9] [--out FILE]
 
 DIR is a check-out beside the project; a peer without one is left out, and said so. Step: forward, backward, clip,
-optimizer. isofusion's rows go through its own PackedBatch, Decoder and train_step. Every model has the same width, depth,
-head size, context and vocabulary; hidden sizes agree within 1 % of FLOPs per token, and all are judged by achieved
-FLOP/s, by one rule (adapters.Shape.flops). Everybody runs eager and compiled in one process, with the allocator
-of isofusion's workers, in turns: A B C D A B C D ...; ratios are taken inside a turn. isofusion's kernels are
+optimizer. isofusion's rows go through its own PackedBatch, Decoder and train_step. Every model has the same width,
+depth, head size, context and vocabulary; hidden sizes make FLOPs per token agree within 1 %, and all are judged by
+achieved FLOP/s, counted by one rule (adapters.Shape.flops). Everybody runs eager and compiled in one process, with the
+allocator of isofusion's workers, in turns: A B C D A B C D ...; ratios are taken inside a turn. isofusion's kernels are
 deterministic, as in a study; the peers' need not be. Compiled: each project's own way; for isofusion, each block.
 
 Bound: bare `torch.mm` at isofusion's own shapes (forward and both gradients, as often as the step runs them).
@@ -129,8 +129,9 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
     """isofusion's best mode against the best peer, and its share of the bound; `met` says whether both targets are."""
     mine = max((r for r in result["rows"] if r["model"] == "isofusion"), key=lambda r: r["flops_per_s"])
     peers = [r for r in result["rows"] if r["model"] != "isofusion"]
-    out = {"share_of_gemm": mine["share_of_gemm"]["median"], "isofusion_mode": mine["mode"]}
-    met = out["share_of_gemm"] >= TARGET_SHARE
+    share: float = mine["share_of_gemm"]["median"]
+    out: dict[str, Any] = {"share_of_gemm": share, "isofusion_mode": mine["mode"]}
+    met = share >= TARGET_SHARE
     by_mode = {}
     for mode in dict.fromkeys(r["mode"] for r in peers):
         best = max((r for r in peers if r["mode"] == mode), key=lambda r: r["flops_per_s"])

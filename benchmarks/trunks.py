@@ -192,11 +192,13 @@ def bias(cells: list[dict[str, Any]]) -> dict[str, Any]:
     if len(means) > 1:
         half = stats.t.ppf(0.975, len(means) - 1) * statistics.stdev(means) / math.sqrt(len(means))
         out["interval"] = [out["nats"] - half, out["nats"] + half]
-    by_width: dict[int, list[list[float]]] = {}
+    # over seeds at equal size and budget, pooled
+    by_size: dict[tuple[int, int], list[float]] = {}
     for c in cells:
-        by_width.setdefault(c["width"], []).append(c["loss_alone"])
-    spread = [statistics.stdev(column) for rows in by_width.values() if len(rows) > 1 for column in zip(*rows)]  # noqa: B905
-    out["seed_deviation"] = math.sqrt(statistics.mean(s * s for s in spread)) if spread else None
+        for k, loss in enumerate(c["loss_alone"]):
+            by_size.setdefault((c["width"], k), []).append(loss)
+    variances = [statistics.variance(losses) for losses in by_size.values() if len(losses) > 1]
+    out["seed_deviation"] = math.sqrt(statistics.mean(variances)) if variances else None
     return out
 
 
@@ -205,7 +207,7 @@ def summary(ladder: Ladder, cells: list[dict[str, Any]]) -> dict[str, Any]:
         return sum(c[f"{what}_shared"] for c in chosen) / sum(c[f"{what}_alone"] for c in chosen)
 
     by_width = {w: [c for c in cells if c["width"] == w] for w in ladder.widths}
-    out = {
+    out: dict[str, Any] = {
         "floor": ladder.floor(),
         "flops_share": share("flops", cells),
         "wall_share": share("seconds", cells),
