@@ -17,7 +17,6 @@ from isofusion.model.count import (
     batch_shape,
     count_parameters,
     flops,
-    memory_bytes,
     modules_on_meta,
     six_nd,
 )
@@ -115,14 +114,6 @@ def test_six_nd_by_fusion(make_config: Callable[..., Any]) -> None:
     assert six_nd(early, 100, 0.5) == 600 * count_parameters(early).n_total
     assert six_nd(late, 100, 0.25) == 600 * (0.25 * n.n_encoder + n.n_decoder)
     assert six_nd(moe, 100, 0.5) == 600 * count_parameters(moe).n_active
-
-
-def test_memory_counts_sixteen_bytes_a_parameter(make_config: Callable[..., Any]) -> None:
-    cfg = make_config()
-    parts = memory_bytes(cfg, 128)
-    assert parts["weights"] + parts["gradients"] + parts["adam"] == 16 * count_parameters(cfg).n_total
-    assert memory_bytes(cfg, 256)["activations"] == pytest.approx(2 * parts["activations"])
-    assert parts["total"] == sum(n for role, n in parts.items() if role != "total")
 
 
 def test_the_command_prints_numbers_without_torch_and_refuses_nonsense() -> None:

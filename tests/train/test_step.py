@@ -1,13 +1,29 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
-from isofusion.train.step import choose_precision, clip_gradients, train_step  # noqa: E402
+from isofusion.config import DataConfig, ModelConfig, TrainConfig  # noqa: E402
+from isofusion.data.batch import PackedBatch  # noqa: E402
+from isofusion.data.stream import Stream  # noqa: E402
+from isofusion.model.decoder import Decoder  # noqa: E402
+from isofusion.model.init import init_weights  # noqa: E402
+from isofusion.train.optimizer import build_optimizer  # noqa: E402
+from isofusion.train.step import (  # noqa: E402
+    StepResult,
+    choose_precision,
+    clip_gradients,
+    step_on_device,
+    train_step,
+)
 
 
 class Table(torch.nn.Module):
@@ -81,3 +97,169 @@ def test_precision_is_the_machines_or_what_is_asked(avx512_bf16: bool, amx: bool
     assert choose_precision("auto", "cuda") == "bf16"
     for asked in ("fp32", "bf16"):
         assert choose_precision(asked) == asked
+
+
+# ---- several micro-batches, and a step that asks the device nothing -------------------------------------------------
+
+WORLD = DataConfig(
+    sources=[
+        {"name": d, "domain": d, "format": "world", "weight": w}
+        for d, w in (("caption", 45), ("interleaved", 45), ("text", 10))
+    ],
+    row_len=256,
+    image_size=48,
+    patch_size=8,
+)
+
+
+def tiny(kind: str, **changes: Any) -> ModelConfig:
+    settings: dict[str, Any] = {"width": 16, "depth": 2, "head_dim": 8, "ffn_multiple": 16, "vocab_size": 512}
+    settings |= {"patch_size": 8, "norm_eps": 1e-6}
+    settings |= {
+        "early": {},
+        "late": {"fusion": "late", "encoder_width": 8},
+        "moe": {"n_experts": 4, "top_k": 2},
+        "routed": {"n_experts": 2, "routing": "modality-routed"},
+    }[kind]
+    return ModelConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ISOFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return Stream(WORLD, 0, "train", 6).batch(0)
+
+
+def built(cfg: ModelConfig, attention: str = "auto") -> tuple[Decoder, torch.optim.Optimizer]:
+    model = Decoder(cfg, attention)
+    init_weights(model, cfg, 0)
+    return model, build_optimizer(model, cfg, TrainConfig(lr=1e-2))
+
+
+def gradients(kind: str, parts: Any, across: Any = None) -> tuple[StepResult, dict[str, torch.Tensor]]:
+    model, optimizer = built(tiny(kind))
+    result = train_step(model, optimizer, parts, precision="fp32", clip=1e9, balance_weight=0.5, across=across)
+    return result, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["early", "late", "moe", "routed"])
+def test_micro_batches_give_the_gradient_of_the_whole_step(kind: str, rows: PackedBatch) -> None:
+    whole, expected = gradients(kind, rows.torch())
+    parts = rows.split(1)
+    counts = [int((part.targets >= 0).sum()) for part in parts]
+    assert len(set(counts)) > 1  # a mean of means would be another loss
+    for size in (1, 4):
+        result, got = gradients(kind, [part.torch() for part in rows.split(size)])
+        assert result.targets == whole.targets
+        assert result.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert result.balance == pytest.approx(whole.balance, rel=1e-5)
+        assert result.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
+        assert result.nll == pytest.approx(whole.nll, rel=1e-6)
+        for name, gradient in expected.items():
+            assert (got[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-9, name
+
+
+def test_balance_shares_are_those_of_the_whole_step(rows: PackedBatch) -> None:
+    model, _ = built(tiny("moe"))
+    parts = [part.torch() for part in rows.split(2)]
+    outputs = [model(part) for part in parts]
+    whole = model(rows.torch())
+    routing = torch.stack([output.routing for output in outputs]).sum(0)
+    assert torch.equal(routing, whole.routing)
+    total = sum(float(model.balance_loss(output, routing).detach()) for output in outputs)
+    assert total == pytest.approx(float(whole.balance_loss.detach()), rel=1e-5)
+    apart = sum(float(output.balance_loss.detach()) for output in outputs) / len(outputs)
+    assert abs(apart - total) > 1e-5  # the mean of the micro-batches' own losses is something else
+
+
+@pytest.mark.parametrize("kind", ["early", "moe"])
+def test_ranks_that_sum_give_the_step_of_one_process(kind: str, rows: PackedBatch) -> None:
+    whole, expected = gradients(kind, rows.torch())
+    parts = [part.torch() for part in rows.split(3)]
+    shared: list[Any] = [None, None]
+    meet = threading.Barrier(2, timeout=60)
+
+    def rank(me: int) -> tuple[StepResult, dict[str, torch.Tensor]]:
+        def across(mine: torch.Tensor) -> torch.Tensor:
+            shared[me] = mine
+            meet.wait()
+            total = shared[0] + shared[1]
+            meet.wait()
+            return total
+
+        return gradients(kind, parts[me], across)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(rank, (0, 1)))
+    for result, _ in results:
+        assert result.targets == whole.targets
+        assert result.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert result.balance == pytest.approx(whole.balance, rel=1e-5)
+    for name, gradient in expected.items():
+        total = results[0][1][name] + results[1][1][name]
+        assert (total - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("kind", ["early", "late", "moe", "routed"])
+def test_the_step_off_the_cpu_never_asks_the_device(
+    kind: str, rows: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta tensors have shapes and no values: any question to the device (a number, a mask's size) is an error."""
+    monkeypatch.setattr("isofusion.train.step.StepResult", lambda numbers: numbers)
+    # what only a compiler can run is left out: building the mask, and the attention itself
+    monkeypatch.setattr("isofusion.model.attention.block_mask", lambda *a: None)
+    monkeypatch.setattr("isofusion.model.attention.flex_attention_of", lambda kind: lambda q, k, v, **kw: q + k + v)
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", lambda x, w, offs: x @ w.sum(0))  # meta takes bf16 only
+    cfg = tiny(kind)
+    with torch.device("meta"):
+        model = Decoder(cfg, "flex")
+
+    class Fused(torch.optim.SGD):  # the fused kernel has no meta form: here it only shows what it was handed
+        def step(self) -> None:
+            assert self.found_inf.is_meta
+            assert self.grad_scale.is_meta
+
+    optimizer = Fused(model.parameters(), lr=1.0)
+    host = rows.torch()
+    batch = host.to("meta")
+    for parts in (batch, [batch, batch]):
+        numbers = train_step(model, optimizer, parts, precision="fp32", clip=1.0, balance_weight=0.01, device="meta")
+        assert numbers.shape == (9,)
+        assert numbers.is_meta
+        assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError)):  # the check itself: without the host's facts it asks
+        train_step(model, optimizer, replace(batch, facts=None), precision="fp32", clip=1.0, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        train_step(model, optimizer, replace(batch, target_slot=None), precision="fp32", clip=1.0, device="meta")
+
+
+def test_the_gpu_path_takes_the_same_steps_and_refuses_bad_ones_for_good(rows: PackedBatch) -> None:
+    batch, cfg = rows.torch(), tiny("early")
+    ends, norms = [], []
+    for on_device in (False, True):
+        model, optimizer = built(cfg)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nll, _ = model.token_losses(batch)
+            nll.mean().backward()
+            parameters = list(model.parameters())
+            if on_device:
+                norms.append(float(step_on_device(optimizer, 1e-3, nll.detach().sum())))
+            else:
+                norms.append(clip_gradients(parameters, 1e-3))
+                optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert norms[3:] == pytest.approx(norms[:3], rel=1e-4)
+    start, _ = built(cfg)
+    for one, other, first in zip(*ends, start.parameters(), strict=True):
+        moved = (one - first).abs().max()
+        assert moved > 0
+        assert (one - other).abs().max() < 1e-3 * moved
+    for bad in (math.nan, math.inf):
+        step_on_device(optimizer, 1.0, torch.tensor([bad, 0.0]))
+        after = [p.detach().clone() for p in model.parameters()]
+        assert all(torch.equal(one, other) for one, other in zip(after, ends[1], strict=True))
+    step_on_device(optimizer, 1.0, torch.zeros(2))  # a good step after a bad one: the caller has not looked yet
+    assert all(torch.equal(p, other) for p, other in zip(model.parameters(), ends[1], strict=True))
+    assert optimizer.found_inf.item() == 1.0

@@ -32,6 +32,8 @@ def command(
     patches: Annotated[int, typer.Option(help="Patches per image.")] = 256,
     slots: Annotated[int, typer.Option(help="Slots per device and step, for the memory estimate.")] = 8192,
     precision: Annotated[str, typer.Option(help="fp32 or bf16, for the memory estimate.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the memory estimate.")] = "cuda",
+    recompute: Annotated[int, typer.Option(help="Blocks whose activations are computed twice, to save memory.")] = 0,
     check: Annotated[bool, typer.Option("--check", help="Count real modules on torch's meta device too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -46,6 +48,8 @@ def command(
         raise InputError(f"--context {context}, --slots {slots} and --patches {patches} must be positive")
     if precision not in ("fp32", "bf16"):
         raise InputError(f"--precision {precision} is unknown; choose fp32 or bf16")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device {device} is unknown; choose cpu or cuda")
     chosen: dict[str, ModelConfig] = {}
     for name in names or ([] if width else PAPER_MODELS):
         if name not in PAPER_MODELS:
@@ -76,7 +80,8 @@ def command(
             raise InputError(
                 f"model {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
             ) from error
-    rows = [describe(n, c, tokens, image_share, context, patches, slots, precision, check) for n, c in chosen.items()]
+    step = {"slots": slots, "precision": precision, "device": device, "recompute": recompute}
+    rows = [describe(n, c, tokens, image_share, context, patches, step, check) for n, c in chosen.items()]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
@@ -90,19 +95,22 @@ def describe(
     image_share: float,
     context: int,
     patches: int,
-    slots: int,
-    precision: str,
+    step: dict[str, Any],
     check: bool,
 ) -> dict[str, Any]:
-    """One model as a JSON-able row. Deviations are in percent; FLOPs are of training."""
+    """One model as a JSON-able row. Deviations are in percent; FLOPs are of training; `step`: see `memory_bytes`."""
     from dataclasses import asdict
 
-    from isofusion.model.count import BatchShape, count_parameters, flops, memory_bytes, modules_on_meta, six_nd
+    from isofusion.model.count import BatchShape, count_parameters, flops, modules_on_meta, six_nd
+    from isofusion.model.memory import memory_bytes
     from isofusion.model.paper import PAPER_SIZES
 
     n = count_parameters(cfg)
     image_tokens = round(tokens * image_share)
     text = round(tokens) - image_tokens
+    slots = step["slots"]
+    images = round(slots * image_share) // patches * patches
+    held = BatchShape(slots - images, images, images // patches, slots - images, slots * (context + 1) // 2)
     pairs = round(tokens * (context + 1) / 2 + image_tokens * (patches - 1) / 2)
     shape = BatchShape(text, image_tokens, image_tokens // patches, text, pairs)
     exact = flops(cfg, shape)
@@ -115,7 +123,7 @@ def describe(
         "flops_by_role": exact,
         "flops_6nd_per_token": approximate / tokens,
         "flops_6nd": approximate,
-        "memory_bytes": memory_bytes(cfg, slots, precision),
+        "memory_bytes": memory_bytes(cfg, **step, shape=held),
         "config": cfg.model_dump(mode="json"),
     }
     if name in PAPER_SIZES:

@@ -11,8 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from isofusion.data.sample import DOMAINS
+
 IGNORE = -100
 """Target of a slot that predicts nothing (torch's convention)."""
+SLOT_VECTORS = ("token_ids", "modality", "doc_id", "image_id", "position", "targets", "domain", "token_class", "oracle")
+"""The arrays of a batch with one entry per slot."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the host knows about a batch: a training step that had to ask the device would wait for it."""
+
+    real_slots: int  # not padding
+    targets: tuple[int, ...]  # by code of sample.DOMAINS
 
 
 @dataclass(frozen=True)
@@ -34,21 +46,62 @@ class PackedBatch:
     token_class: Any  # u8[T]: class of the *target* of this slot (world only), 0 = unclassified
     oracle: Any  # f32[T]: -log p of the target under the true source in nats; NaN where unknown
     keys: tuple[str, ...] = ()  # keys[doc_id]: "source:epoch:sample[:piece]", for audit and exact resume
+    row_numbers: Any = ()  # tuple[int, ...]: which rows of its step these are, where a rank took a part of them
+    target_slot: Any = None  # i64[n]: slots with a target, increasing; filled by `.torch()`
+    facts: Any = None  # Facts, filled by `.torch()`
 
     @property
     def n_slots(self) -> int:
         return self.rows * self.row_len
 
-    def torch(self, device: str = "cpu") -> PackedBatch:
-        """The same batch with torch tensors on `device` (index vectors become int64 where torch needs them)."""
+    def keys_by_row(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(row number of the step, keys of its documents) of each row of a NumPy batch."""
+        numbers = self.row_numbers or tuple(range(self.rows))
+        out, first = [], 0
+        for number, doc_L in zip(numbers, self.doc_id.reshape(self.rows, self.row_len), strict=True):
+            after = max(first, int(doc_L.max()) + 1)
+            out.append((number, self.keys[first:after]))
+            first = after
+        return out
+
+    def torch(self, device: str = "cpu", pin: bool = False) -> PackedBatch:
+        """The same batch with torch tensors on `device` (index vectors become int64 where torch needs them).
+
+        `pin`: into page-locked memory instead, from where `.to(device)` copies while the host goes on.
+        """
         import torch
 
-        changed: dict[str, Any] = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
+        has_T = self.targets != IGNORE
+        targets = np.bincount(self.domain[has_T], minlength=len(DOMAINS)).tolist()
+        changed: dict[str, Any] = {"facts": Facts(int((self.doc_id >= 0).sum()), tuple(targets))}
+        arrays = {item.name: getattr(self, item.name) for item in fields(self)} | {"target_slot": np.flatnonzero(has_T)}
+        for name, value in arrays.items():
             if isinstance(value, np.ndarray):
                 tensor = torch.from_numpy(np.ascontiguousarray(value))
-                if item.name in ("token_ids", "targets", "patch_slot", "position"):
+                if name in ("token_ids", "targets", "patch_slot", "position"):
                     tensor = tensor.long()
-                changed[item.name] = tensor.to(device)
+                changed[name] = tensor.pin_memory() if pin else tensor.to(device)
         return replace(self, **changed)
+
+    def to(self, device: str) -> PackedBatch:
+        """A torch batch on another device; from page-locked memory the copy runs beside the host."""
+        import torch
+
+        moved = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {name: v.to(device, non_blocking=True) for name, v in moved.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+    def split(self, rows: int) -> list[PackedBatch]:
+        """A NumPy batch as micro-batches of at most `rows` rows each, in order; ids keep their values."""
+        if rows >= self.rows:
+            return [self]
+        out, n = [], self.patches_per_image
+        for first in range(0, self.rows, rows):
+            last = min(first + rows, self.rows)
+            at = slice(first * self.row_len, last * self.row_len)
+            begin, end = np.searchsorted(self.patch_slot, [at.start, at.stop]).tolist()
+            assert (end - begin) % n == 0  # whole images: packing never cuts one
+            changed = {name: getattr(self, name)[at] for name in SLOT_VECTORS}
+            changed["patch_slot"] = self.patch_slot[begin:end] - np.int32(at.start)
+            out.append(replace(self, rows=last - first, patches=self.patches[begin:end], **changed))
+        return out

@@ -230,6 +230,14 @@ class FiniteSource:
         domain = DOMAINS.index(self.domain)
         return build([pieces], self.row_len, self.n, self.images.patch_dim, domain, self.tokenizer.pad_id), 0
 
+    def tokens(self, j: int) -> tuple[int, int]:
+        """Text and image tokens of row j, from the plan alone."""
+        epoch, r = self.locate(j)
+        row_ptr, order = self.plan(epoch)
+        pieces = order[row_ptr[r] : row_ptr[r + 1]]
+        image = int(self.image_slots[pieces].sum())
+        return int(self.length[pieces].sum()) - image, image
+
     def _piece(self, p: int, epoch: int) -> Piece:
         d, a, b = int(self.doc[p]), int(self.a[p]), int(self.b[p])
         size = b - a + 1 + bool(self.last[p])

@@ -8,6 +8,7 @@ history enters, so the whole state of the data is one integer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from isofusion.data.finite import Documents, FiniteSource
 from isofusion.data.index import SourceIndex, index_source
 from isofusion.data.order import Quota
 from isofusion.data.pack import Rows, take
+from isofusion.data.share import share_rows
 from isofusion.errors import InputError
 
 MANY_EPOCHS = 4  # repetition beyond this costs data-scaling laws dearly (Muennighoff et al., arXiv 2305.16264)
@@ -90,6 +92,18 @@ def _texts(parts: dict[str, SourceIndex]) -> Iterator[str]:
             yield from (s for s in documents.raw(d) if isinstance(s, str))
 
 
+def _tokens(place: tuple[Source, int], opened: tuple[Rows, int] | None) -> tuple[int, int]:
+    """Text and image tokens of a row: of the opened one, else from the plan of its source."""
+    source, j = place
+    if opened is None:
+        assert isinstance(source, FiniteSource)
+        return source.tokens(j)
+    rows, r = opened
+    at = slice(r * rows.batch.row_len, (r + 1) * rows.batch.row_len)
+    real, image = rows.batch.doc_id[at] >= 0, rows.batch.modality[at] == 1
+    return int((real & ~image).sum()), int(image.sum())
+
+
 class Stream:
     """All rows of one split. `seed` orders training; validation uses data.val_seed, so that it is the same for all."""
 
@@ -125,13 +139,25 @@ class Stream:
             "stream", split, [(s.name, s.domain, s.digest) for s in self.sources], str(self.tokenizer.digest), packing
         )
 
-    def batch(self, step: int) -> PackedBatch:
-        """Rows of one step, step >= 0."""
+    def batch(self, step: int, part: tuple[int, int] = (0, 1)) -> PackedBatch:
+        """Rows of one step, step >= 0; with `part` = (rank, ranks) the rows that this rank takes.
+
+        The rows of a step do not depend on the number of ranks; `share_rows` deals them out by their tokens.
+        """
         if step < 0:
             raise ValueError(f"step must be >= 0, not {step}")
         t = step * self.rows_per_step + np.arange(self.rows_per_step)
         source, j = self.quota.locate(t)
-        return take([self.sources[s].row(r) for s, r in zip(source.tolist(), j.tolist(), strict=True)])
+        places = [(self.sources[s], int(row)) for s, row in zip(source.tolist(), j, strict=True)]
+        rank, ranks = part
+        if ranks == 1:
+            return take([source.row(row) for source, row in places])
+        # a plan knows its rows' tokens without opening them; a block of the world holds rows of all ranks anyway
+        opened = [None if isinstance(source, FiniteSource) else source.row(row) for source, row in places]
+        tokens = [_tokens(place, rows) for place, rows in zip(places, opened, strict=True)]
+        text, image = np.array(tokens, np.int64).T
+        mine = share_rows(text, image, ranks)[rank].tolist()
+        return replace(take([opened[r] or places[r][0].row(places[r][1]) for r in mine]), row_numbers=tuple(mine))
 
     # ---- validation -------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
-from isofusion.model.fused import compute_dtype, regroup
+from isofusion.model.fused import compute_dtype, exactly, regroup
 
 EXECUTIONS = ("dense", "sdpa", "flex")
 
@@ -40,13 +40,14 @@ def may_attend(query: dict[str, Any], key: dict[str, Any]) -> Any:
 
 
 def rope_phase(position: Tensor, head_dim: int, heads: int, theta: float) -> Tensor:
-    """exp(i * position * theta^(-2j/K)) as complex64 [T, 2H, K/2], spelled out for q and k heads (arXiv 2104.09864)."""
+    """exp(i * position * theta^(-2j/K)) (arXiv 2104.09864): on a CPU complex64 [T, 2H, K/2], spelled out for q and k
+    heads; elsewhere float32 [T, 1, K/2, 2] of cosine and sine (compilers take no complex numbers).
+    """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position.float()[:, None] * theta**-exponent
-    phase = torch.complex(angle.cos(), angle.sin())[:, None, :]
     if position.device.type == "cpu":  # a full table lets the rotation run as one flat loop
-        return phase.expand(-1, 2 * heads, -1).contiguous()
-    return phase
+        return torch.complex(angle.cos(), angle.sin())[:, None, :].expand(-1, 2 * heads, -1).contiguous()
+    return torch.stack((angle.cos(), angle.sin()), -1)[:, None]
 
 
 class AttentionPlan:
@@ -73,11 +74,11 @@ def _flat(out_NHLK: Tensor) -> Tensor:
     return out_NHLK.transpose(1, 2).reshape(n * length, heads * head)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None) -> Tensor:
-    """q, k, v [N*L, H, K] -> [N*L, H*K]."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """q, k, v [N*L, H, K] -> [N*L, H*K]; without a mask every place sees all of its L, or with `causal` the earlier."""
     q, k, v = (x.view(n, x.shape[0] // n if n else 0, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):  # inputs have the plan's dtype already
-        return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    with exactly(q.device):  # inputs have the plan's dtype already
+        return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
 
 class ImagePlan(AttentionPlan):
@@ -106,7 +107,7 @@ class DensePlan(AttentionPlan):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.float().unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (q, k, v))
-        with torch.autocast(q.device.type, enabled=False):
+        with exactly(q.device):
             scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
             return _flat(scores.masked_fill(~self.allowed_R1SS, float("-inf")).softmax(-1) @ v)
 
@@ -119,18 +120,24 @@ class DocumentPlan(AttentionPlan):
         device = phase.device
         doc = batch.doc_id.cpu().numpy()
         image = batch.image_id.cpu().numpy()
+        heads = phase.shape[1] // 2 if phase.is_complex() else 1
         starts, lengths, padding = _documents(doc, batch.row_len)
         inverse = np.empty(doc.shape[0], dtype=np.int64)
         gather: list[np.ndarray] = []
-        self.blocks: list[tuple[int, Tensor]] = []
+        self.blocks: list[tuple[int, Tensor | None]] = []
         self.sizes: list[int] = []
-        for members, width in _blocks_by_length(lengths, phase.shape[1] // 2):
+        for members, width in _blocks_by_length(lengths, heads):
             offset_L = np.arange(width, dtype=np.int32)
             real_NL = offset_L < lengths[members][:, None]
             slot_NL = starts[members][:, None] + np.where(real_NL, offset_L, 0)
             inverse[slot_NL[real_NL]] = sum(self.sizes) + np.flatnonzero(real_NL)
             gather.append(slot_NL.ravel())
             self.sizes.append(slot_NL.size)
+            if real_NL.all() and not (image[slot_NL] >= 0).any():
+                # plain text of one length: SDPA's own causal form skips half of the scores. Not with filler places,
+                # which would then see documents and hand them a gradient (see `regroup`).
+                self.blocks.append((len(members), None))
+                continue
             side = {  # a filler place belongs to no document, so no real place sees it
                 "doc": np.where(real_NL, 0, -1).astype(np.int8),
                 "image": np.where(real_NL, image[slot_NL], -1),
@@ -143,50 +150,81 @@ class DocumentPlan(AttentionPlan):
             # SDPA turns a bool mask into a float one at every call: do it once per batch
             mask = torch.from_numpy(np.where(allowed, np.float32(0), np.float32("-inf")))
             self.blocks.append((len(members), mask.to(device, dtype)))
+        if len(self.blocks) == 1 and not padding.size and self.sizes[0] == inverse.size:
+            return  # documents of one length that fill the rows lie in order already
         inverse[padding] = sum(self.sizes) + np.arange(padding.size)
         self.sizes.append(int(padding.size))
         self.gather = torch.from_numpy(np.concatenate([*gather, padding]).astype(np.int64)).to(device)
         self.inverse = torch.from_numpy(inverse).to(device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert self.gather is not None
+        if self.gather is None:
+            ((n, mask),) = self.blocks
+            return _sdpa(q, k, v, n, mask, mask is None)
         assert self.inverse is not None
         *values, own = v.split(self.sizes)
         parts = zip(self.blocks, q.split(self.sizes), k.split(self.sizes), values, strict=False)
-        outs = [_sdpa(q_, k_, v_, n, mask) for (n, mask), q_, k_, v_ in parts]
+        outs = [_sdpa(q_, k_, v_, n, mask, mask is None) for (n, mask), q_, k_, v_ in parts]
         return regroup(torch.cat([*outs, own.flatten(1)]), self.inverse, self.gather)
 
 
 class FlexPlan(AttentionPlan):
-    """FlexAttention over rows. Compiled on GPU; the eager form (forward only) is for tests on a CPU."""
+    """FlexAttention over rows, with a block mask built once per batch. Compiled on a GPU, mask and attention both; the
+    eager form (forward only) is for tests on a CPU.
+    """
 
     def __init__(self, phase: Tensor, dtype: torch.dtype, batch: PackedBatch) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask
-
         super().__init__(phase, dtype)
         self.rows = batch.rows
-        vectors, length = _vectors(batch), batch.row_len
-
-        def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            at_query, at_key = row * length + query, row * length + key
-            return may_attend(
-                {name: vector[at_query] for name, vector in vectors.items()},
-                {name: vector[at_key] for name, vector in vectors.items()},
-            )
-
-        self.block_mask = create_block_mask(mask, batch.rows, None, length, length, device=str(phase.device))
+        self.block_mask = block_mask(batch.doc_id, batch.image_id, batch.rows, batch.row_len)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (q, k, v))
-        return _flat(_flex(q.device.type)(q, k, v, block_mask=self.block_mask))
+        return _flat(flex_attention_of(q.device.type)(q, k, v, block_mask=self.block_mask))
 
 
-@lru_cache(maxsize=2)
-def _flex(device: str) -> Callable[..., Tensor]:
+def block_mask(doc_T: Tensor, image_T: Tensor, rows: int, length: int) -> Any:
+    """FlexAttention's BlockMask of the packed rows: which 128 x 128 blocks are empty, full or mixed, and the predicate.
+
+    Made of comparisons alone, so that the device is never asked for anything.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    doc_RS, image_RS = doc_T.view(rows, length), image_T.view(rows, length)
+
+    def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return may_attend(
+            {"doc": doc_RS[row, query], "image": image_RS[row, query], "slot": query},
+            {"doc": doc_RS[row, key], "image": image_RS[row, key], "slot": key},
+        )
+
+    build = _compiled_block_mask() if doc_T.device.type == "cuda" else create_block_mask
+    return build(mask, rows, None, length, length, device=str(doc_T.device))
+
+
+@lru_cache(maxsize=1)
+def _compiled_block_mask() -> Callable[..., Any]:
+    """Compiled, the mask over all slots is never written to memory (64 rows of 1,024: 64 MiB of booleans)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=False)
+
+
+def flex_attention_of(device: str) -> Callable[..., Tensor]:
+    """FlexAttention for a kind of device; inside a compiled block it is traced with the rest of the block."""
     from torch.nn.attention.flex_attention import flex_attention
 
     attend: Any = flex_attention
-    return torch.compile(attend, dynamic=False) if device == "cuda" else attend
+    if device != "cuda" or torch.compiler.is_compiling():
+        return attend
+    return _flex_compiled()
+
+
+@lru_cache(maxsize=1)
+def _flex_compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _vectors(batch: PackedBatch) -> dict[str, Tensor]:
@@ -249,7 +287,7 @@ def make_plan(execution: str, batch: PackedBatch, head_dim: int, heads: int, the
 def image_plan(images: int, patches: int, head_dim: int, heads: int, theta: float, device: torch.device) -> ImagePlan:
     """The encoder's plan: RoPE runs over the patch index inside each image."""
     phase = rope_phase(torch.arange(patches, device=device), head_dim, heads, theta)
-    return ImagePlan(phase.repeat(images, 1, 1), _attention_dtype(device), images)
+    return ImagePlan(phase.repeat(images, *[1] * (phase.dim() - 1)), _attention_dtype(device), images)
 
 
 def _attention_dtype(device: torch.device) -> torch.dtype:

@@ -8,7 +8,11 @@ T slots, D width, H heads, K head_dim, F feed-forward hidden
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from isofusion.config import ModelConfig
 from isofusion.model.attention import AttentionPlan
@@ -73,3 +77,10 @@ class Block(nn.Module):
         assert slots is not None
         routed = self.experts(normed_TD, slots)
         return x_TD + routed.out_TD, routed
+
+
+def run_block(block: nn.Module, again: bool, *inputs: Any) -> Any:
+    """`block(*inputs)`; `again`: keep only its input and compute the activations anew in the backward pass."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)

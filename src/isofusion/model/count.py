@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,7 +28,6 @@ __all__ = [
     "count_module",
     "count_parameters",
     "flops",
-    "memory_bytes",
     "modules_on_meta",
     "six_nd",
 ]
@@ -195,28 +194,3 @@ def six_nd(cfg: ModelConfig, tokens: float, image_share: float) -> float:
     if cfg.fusion == "late":
         return 6.0 * tokens * (image_share * n.n_encoder + (n.n_active - n.n_encoder))
     return 6.0 * tokens * n.n_active
-
-
-def memory_bytes(cfg: ModelConfig, slots: int, precision: str = "fp32") -> dict[str, float]:
-    """A planning estimate in bytes for one device without sharding or recomputation; not a measurement.
-
-    Weights, gradients and the two Adam moments are float32 (16 bytes a parameter), bf16 adds a working copy of the
-    weights. Activations: a block keeps about 11 d + 3 h numbers a slot (4 bytes, or 2 in bf16 for the half that
-    autocast casts, so 3); the head keeps two copies of at most 2^24 float32 logits. Every slot is taken to be a patch
-    in the encoder, which is an upper bound.
-    """
-    n = count_parameters(cfg).n_total
-    size = {"fp32": 4.0, "bf16": 3.0}[precision]
-    hidden = cfg.hidden() * (cfg.top_k if cfg.n_experts else 1)
-    per_slot = cfg.depth * (11 * cfg.width + 3 * hidden) + 4 * cfg.width
-    if cfg.fusion == "late":
-        assert cfg.encoder_width is not None
-        per_slot += cfg.encoder_layers * (11 * cfg.encoder_width + 3 * cfg.hidden(cfg.encoder_width))
-    parts: dict[str, Any] = {
-        "weights": n * (4.0 if precision == "fp32" else 6.0),
-        "gradients": n * 4.0,
-        "adam": n * 8.0,
-        "activations": slots * per_slot * size + 2 * 4.0 * min(slots * cfg.vocab_size, 2**24),
-    }
-    parts["total"] = sum(parts.values())
-    return parts

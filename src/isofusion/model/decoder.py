@@ -9,6 +9,7 @@ T slots, D width, V vocabulary, P patches, n slots with a target
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,12 @@ from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
 from isofusion.model.attention import make_plan
-from isofusion.model.block import Block
+from isofusion.model.block import Block, run_block
 from isofusion.model.experts import SlotPlan
+from isofusion.model.fused import exactly
 from isofusion.model.layers import Embedding, Linear, RMSNorm
+from isofusion.model.memory import HEAD_CHUNK
 from isofusion.model.vision import VisionEncoder, normalise_patches
-
-HEAD_CHUNK = 2**24
-"""Most logits (slots x vocabulary) held at once; 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ModelOutput:
     hidden_TD: Tensor
     balance_loss: Tensor
     routing: Tensor | None
+    probability: Tensor | None  # [depth, G, E], differentiable: see Experts.balance (None: dense)
 
 
 class Decoder(nn.Module):
@@ -62,6 +63,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, cfg.width, cfg.head_dim, cfg.n_experts > 0) for _ in range(cfg.depth))
         self.final_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = Linear(cfg.width, cfg.vocab_size)
+        self.recompute = 0  # first blocks, the encoder's before the decoder's, whose activations are computed twice
         self.logit_scale = cfg.base_width / cfg.width if cfg.base_width else 1.0  # muP's output multiplier
 
     def see(self, batch: PackedBatch) -> Tensor:
@@ -73,7 +75,7 @@ class Decoder(nn.Module):
             )
         patches = batch.patches.reshape(batch.patches.shape[0], self.cfg.patch_dim)
         if self.encoder is not None and self.connector is not None:
-            return self.connector(self.encoder(patches, batch.patches_per_image)).float()
+            return self.connector(self.encoder(patches, batch.patches_per_image, self.recompute)).float()
         assert self.patch is not None
         return self.patch(normalise_patches(patches)).float()
 
@@ -82,26 +84,46 @@ class Decoder(nn.Module):
         plan = make_plan(self.execution, batch, cfg.head_dim, cfg.n_heads, cfg.rope_theta)
         slots = SlotPlan.of(batch) if cfg.n_experts else None
         x_TD = self.embed(batch.token_ids).index_copy(0, batch.patch_slot, self.see(batch))
-        losses, counts = [], []
-        for block in self.blocks:
-            x_TD, routed = block(x_TD, plan, slots)
+        losses, counts, sums = [], [], []
+        again = self.recompute - (self.cfg.encoder_layers if self.encoder is not None else 0)
+        for i, block in enumerate(self.blocks):
+            x_TD, routed = run_block(block, i < again, x_TD, plan, slots)
             if routed is not None:
                 losses.append(routed.balance_loss)
                 counts.append(routed.counts_ME)
-        balance = torch.stack(losses).mean() if losses else x_TD.new_zeros(())
-        return ModelOutput(self.final_norm(x_TD), balance, torch.stack(counts) if counts else None)
+                sums.append(routed.probability_GE)
+        hidden_TD = self.final_norm(x_TD)
+        if not losses:
+            return ModelOutput(hidden_TD, x_TD.new_zeros(()), None, None)
+        return ModelOutput(hidden_TD, torch.stack(losses).mean(), torch.stack(counts), torch.stack(sums))
+
+    def compile_blocks(self) -> None:
+        """Compile every block in place, whole: blocks of one kind share one compilation, and names do not change."""
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in [*self.blocks, *(self.encoder.blocks if self.encoder is not None else ())]:
+            block.compile(fullgraph=True)
+
+    def balance_loss(self, output: ModelOutput, routing: Tensor) -> Tensor:
+        """The balance loss with shares from `routing` i64 [depth, 2, E], the counts of a whole step.
+
+        `output` belongs to one micro-batch (or rank) of that step: the values of all of them add up to the step's.
+        """
+        assert output.probability is not None
+        layers: list[Any] = [block.experts for block in self.blocks]
+        parts = zip(layers, output.probability.unbind(), routing.unbind(), strict=True)
+        return torch.stack([experts.balance(p, c) for experts, p, c in parts]).mean()
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, D] -> float32 [n, V]. On a CPU the product itself is float32, whatever autocast says."""
-        if hidden_nD.device.type == "cuda":
+        if hidden_nD.device.type != "cpu":
             return self.head(hidden_nD * self.logit_scale).float()
-        with torch.autocast(hidden_nD.device.type, enabled=False):
+        with exactly(hidden_nD.device):
             return self.head(hidden_nD.float() * self.logit_scale)
 
     def token_losses(self, batch: PackedBatch) -> tuple[Tensor, ModelOutput]:
         """Negative log-likelihood of each slot's target in nats, float32 [T], 0 where there is none."""
         output = self(batch)
-        at_n = (batch.targets >= 0).nonzero().squeeze(1)
+        at_n = batch.target_slot if batch.target_slot is not None else (batch.targets >= 0).nonzero().squeeze(1)
         hidden_nD = output.hidden_TD.index_select(0, at_n)
         nll_n = self._nll(hidden_nD, batch.targets.index_select(0, at_n))
         nll_T = torch.zeros(batch.targets.shape, device=nll_n.device).index_copy(0, at_n, nll_n)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
-from isofusion.model.fused import compute_dtype, swiglu
+from isofusion.model.fused import compute_dtype, exactly, regroup, swiglu
 from isofusion.model.layers import unset
 
 
@@ -29,12 +29,14 @@ class SlotPlan:
 
     modality_T: Tensor  # i64, 0 text, 1 image
     real_T: Tensor  # bool, False for padding
-    n_real: int
+    n_real: int | None  # None: padding stays among the rows (it is not multiplied), so that shapes never change
 
     @classmethod
     def of(cls, batch: PackedBatch) -> SlotPlan:
         real = batch.doc_id >= 0
-        return cls(batch.modality.long(), real, int(real.sum()))
+        if real.device.type == "cpu":
+            return cls(batch.modality.long(), real, int(real.sum()))
+        return cls(batch.modality.long(), real, None)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ExpertsOutput:
     out_TD: Tensor
     balance_loss: Tensor
     counts_ME: Tensor  # i64: (token, choice) pairs by modality
+    probability_GE: Tensor  # sum over the tokens of each balanced group of the full softmax
 
 
 def modality_mask(cfg: ModelConfig) -> np.ndarray:
@@ -74,6 +77,9 @@ class Experts(nn.Module):
         self.gate_up = unset(cfg.n_experts, cfg.width, 2 * hidden)
         self.down = unset(cfg.n_experts, hidden, cfg.width)
         self.mask = mask = modality_mask(cfg)
+        self.restricted = not bool(mask.all())
+        # no buffer: a model that is made on the meta device must not lose its values
+        self.forbidden_ME = torch.from_numpy(np.where(mask.T, 0.0, -np.inf).astype(np.float32))
         fixed = bool((mask.sum(0) == 1).all())
         self.router = None if fixed else unset(cfg.n_experts, cfg.width)
         # modalities that share one set of experts are balanced together; a set of one expert needs no balancing
@@ -83,14 +89,14 @@ class Experts(nn.Module):
 
     def route(self, x_TD: Tensor, slots: SlotPlan) -> Tensor:
         """Probability of every expert for every slot, float32 [T, E]; forbidden experts have 0."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with exactly(x_TD.device):
             if self.router is None:
                 logits_TE = x_TD.new_zeros(x_TD.shape[0], self.n_experts, dtype=torch.float32)
             else:
                 logits_TE = F.linear(x_TD.float(), self.router)
-            if not self.mask.all():
-                forbidden_ME = torch.from_numpy(np.where(self.mask.T, 0.0, -np.inf).astype(np.float32))
-                logits_TE = logits_TE + forbidden_ME.to(x_TD.device).index_select(0, slots.modality_T)
+            if self.restricted:
+                forbidden_ME = self.forbidden_ME.to(x_TD.device, non_blocking=True)
+                logits_TE = logits_TE + forbidden_ME.index_select(0, slots.modality_T)
             return logits_TE.softmax(-1)
 
     def forward(self, x_TD: Tensor, slots: SlotPlan) -> ExpertsOutput:
@@ -100,18 +106,43 @@ class Experts(nn.Module):
         else:
             gate_TK, expert_TK = prob_TE.topk(self.top_k, dim=-1)
         counts_ME = self._count(expert_TK, slots)
-        # padding sorts behind the last expert and is cut off
+        serve = self._serve_all if slots.n_real is None else self._serve_real
+        out_TD = serve(x_TD, gate_TK, expert_TK, counts_ME.sum(0), slots)
+        probability_GE = self._group_sums(prob_TE, slots)
+        return ExpertsOutput(out_TD, self.balance(probability_GE, counts_ME), counts_ME, probability_GE)
+
+    def _serve_real(
+        self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, counts_E: Tensor, slots: SlotPlan
+    ) -> Tensor:
+        """Padding sorts behind the last expert and is cut off: the fewest rows, but their number must be known."""
+        assert slots.n_real is not None
         key_G = expert_TK.masked_fill(~slots.real_T[:, None], self.n_experts).flatten()
         order_G = key_G.argsort(stable=True)[: slots.n_real * self.top_k]
         row_G = order_G if self.top_k == 1 else order_G // self.top_k
         dtype = compute_dtype(x_TD.device)
-        counts_E = counts_ME.sum(0)
         rows_GD = x_TD.index_select(0, row_G).to(dtype)
         hidden_GF = swiglu(grouped_product(rows_GD, self.gate_up.to(dtype), counts_E))
         served_GD = grouped_product(hidden_GF, self.down.to(dtype), counts_E)
         weighted_GD = served_GD * gate_TK.flatten().index_select(0, order_G)[:, None]
-        out_TD = torch.zeros(x_TD.shape, dtype=weighted_GD.dtype, device=x_TD.device).index_add(0, row_G, weighted_GD)
-        return ExpertsOutput(out_TD, self._balance(prob_TE, counts_ME, slots), counts_ME)
+        return torch.zeros(x_TD.shape, dtype=weighted_GD.dtype, device=x_TD.device).index_add(0, row_G, weighted_GD)
+
+    def _serve_all(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, counts_E: Tensor, slots: SlotPlan) -> Tensor:
+        """The same with fixed shapes, no atomics and no question to the device: G = T * K, permuted there and back.
+
+        Padding sorts last, behind the offsets: the grouped product skips those rows and leaves them undefined, so they
+        are blanked on the way in (their gradient is undefined too) and on the way out.
+        """
+        real_T1, k = slots.real_T[:, None], self.top_k
+        order_G = expert_TK.masked_fill(~real_T1, self.n_experts).flatten().argsort(stable=True)
+        place_G = torch.empty_like(order_G).scatter_(0, order_G, torch.arange(order_G.shape[0], device=order_G.device))
+        dtype = compute_dtype(x_TD.device)
+        rows_GD = x_TD.to(dtype) if k == 1 else x_TD.to(dtype).repeat_interleave(k, 0)
+        is_real_G1 = (real_T1 if k == 1 else real_T1.repeat_interleave(k, 0)).index_select(0, order_G)
+        rows_GD = regroup(rows_GD, order_G, place_G).where(is_real_G1, 0.0)
+        hidden_GF = swiglu(grouped_product(rows_GD, self.gate_up.to(dtype), counts_E).where(is_real_G1, 0.0))
+        served_GD = grouped_product(hidden_GF, self.down.to(dtype), counts_E).where(is_real_G1, 0.0)
+        served_TKD = regroup(served_GD, place_G, order_G).unflatten(0, (-1, k))
+        return (served_TKD * gate_TK[:, :, None]).sum(1)
 
     def _count(self, expert_TK: Tensor, slots: SlotPlan) -> Tensor:
         size = 2 * self.n_experts
@@ -120,17 +151,25 @@ class Experts(nn.Module):
         bins = bin_TK.flatten()
         return counts.scatter_add_(0, bins, torch.ones_like(bins))[:size].view(2, self.n_experts)
 
-    def _balance(self, prob_TE: Tensor, counts_ME: Tensor, slots: SlotPlan) -> Tensor:
+    def _group_sums(self, prob_TE: Tensor, slots: SlotPlan) -> Tensor:
+        """Probabilities summed over the tokens of each balanced group, padding excluded: [G, E]."""
+        sums = []
+        for members, _ in self.groups:
+            inside_T = slots.real_T if len(members) == 2 else slots.real_T & (slots.modality_T == members[0])
+            sums.append((prob_TE * inside_T[:, None]).sum(0))
+        return torch.stack(sums) if sums else prob_TE.new_zeros(0, self.n_experts)
+
+    def balance(self, probability_GE: Tensor, counts_ME: Tensor) -> Tensor:
         """Mean over modality groups of E_g * sum_e f_e P_e (arXiv 1701.06538, 2101.03961); 1 when perfectly even.
 
         f_e: share of the group's (token, choice) pairs that went to e; P_e: its mean probability over the group's
-        tokens (the full softmax, not the chosen ones). 0 where there is nothing to balance.
+        tokens (the full softmax, not the chosen ones). 0 where there is nothing to balance. With `counts_ME` of a whole
+        step and probabilities of one of its micro-batches this is that micro-batch's part of the step's loss.
         """
-        loss = torch.zeros((), device=prob_TE.device)
-        for members, size in self.groups:
-            inside_T = slots.real_T if len(members) == 2 else slots.real_T & (slots.modality_T == members[0])
+        loss = torch.zeros((), device=probability_GE.device)
+        for (members, size), sum_E in zip(self.groups, probability_GE.unbind(), strict=True):
             pairs = counts_ME[list(members)].sum(0)
             n = pairs.sum().clamp(min=1)
-            mean_E = (prob_TE * inside_T[:, None]).sum(0) * (self.top_k / n)
+            mean_E = sum_E * (self.top_k / n)
             loss = loss + size * (pairs / n * mean_E).sum() / len(self.groups)
         return loss

@@ -2,7 +2,8 @@
 
 At the widths of the miniature studies (16-128 features) a block's matrix products take less time than its element-wise
 operations, so their number is what sets tokens/s on a CPU. Each function below replaces 5-15 recorded operations by
-the passes it really needs. Maths: RMSNorm (arXiv 1910.07467), SwiGLU (arXiv 2002.05202), RoPE (arXiv 2104.09864,
+the passes it really needs. Inside torch.compile they are the plain formulas: there the compiler fuses, and decides what
+to keep for the backward pass. Maths: RMSNorm (arXiv 1910.07467), SwiGLU (arXiv 2002.05202), RoPE (arXiv 2104.09864,
 adjacent features form a pair, so that a rotation is one complex product).
 
 T slots, D width, H heads, K head_dim, F feed-forward hidden
@@ -10,6 +11,7 @@ T slots, D width, H heads, K head_dim, F feed-forward hidden
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +25,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return torch.float32
+
+
+def exactly(device: torch.device) -> AbstractContextManager:
+    """No autocast on this kind of device: the operations inside run in the precision of their inputs."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -47,7 +54,15 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x_TD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """`gain * x / sqrt(mean(x^2) + eps)` of float32 x, written in the precision of the product that follows."""
-    return _RMSNorm.apply(x_TD, gain_D, eps, compute_dtype(x_TD.device))
+    dtype = compute_dtype(x_TD.device)
+    if torch.compiler.is_compiling():
+        return _normalised(x_TD, gain_D, eps).to(dtype)
+    return _RMSNorm.apply(x_TD, gain_D, eps, dtype)
+
+
+def _normalised(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -73,6 +88,9 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up_TF: Tensor) -> Tensor:
     """`silu(gate) * up` of [T, 2F] holding the gate, then the up projection -> [T, F]."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up_TF.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
     return _SwiGLU.apply(gate_up_TF)
 
 
@@ -81,7 +99,12 @@ def _rotate(x_THK: Tensor, phase: Tensor, sign: float) -> Tensor:
     if x_THK.device.type == "cpu":
         turn = phase if sign > 0 else phase.conj()
         return torch.view_as_real(torch.view_as_complex(x_THK.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-    cos, sin = torch.view_as_real(phase).unbind(-1)
+    return _turn(x_THK, phase, sign)
+
+
+def _turn(x_THK: Tensor, phase: Tensor, sign: float) -> Tensor:
+    """The same without complex numbers, which no compiler takes; `phase` complex, or [..., 2] of cosine and sine."""
+    cos, sin = (torch.view_as_real(phase) if phase.is_complex() else phase).unbind(-1)
     even, odd = x_THK.unflatten(-1, (-1, 2)).unbind(-1)
     sin = sin * sign
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
@@ -150,11 +173,20 @@ def heads_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """QK-norm per head and RoPE on a fused projection; see `attention.AttentionPlan` for the two index vectors.
 
-    qkv [T, 3D] (q, k, v, head after head), gains [K], phase complex [T, 2H, K/2] (or broadcastable).
+    qkv [T, 3D] (q, k, v, head after head), gains [K], phase complex [T, 2H, K/2] (or broadcastable; off the CPU also
+    float32 [T, 1, K/2, 2] of cosine and sine).
     Returns q, k, v of shape [T', H, K] in `dtype`; T' = len(gather), or T where there is none. `inverse` must point
     every slot to its own place in `gather`: rows that `gather` merely repeats are dropped by the gradient.
     """
-    return _HeadsOf.apply(qkv, gain_q, gain_k, phase, gather, inverse, eps, dtype)
+    if not torch.compiler.is_compiling():
+        return _HeadsOf.apply(qkv, gain_q, gain_k, phase, gather, inverse, eps, dtype)
+    q, k, v = qkv.unflatten(-1, (3, -1, gain_q.shape[0])).unbind(1)
+    half = phase[:, : min(phase.shape[1], q.shape[1])]  # the same angles for every head
+    parts = (_turn(_normalised(q, gain_q, eps), half, 1.0), _turn(_normalised(k, gain_k, eps), half, 1.0), v)
+    if gather is None:
+        return tuple(part.to(dtype) for part in parts)  # type: ignore[return-value]
+    assert inverse is not None
+    return tuple(regroup(part.to(dtype), gather, inverse) for part in parts)  # type: ignore[return-value]
 
 
 class _Regroup(torch.autograd.Function):

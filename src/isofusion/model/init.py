@@ -10,6 +10,7 @@ needs no rule of its own (QK-norm fixes the scale of its scores).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -76,15 +77,25 @@ def _std(name: str, shape: torch.Size, cfg: ModelConfig) -> float:
     return 1 / math.sqrt(fan_in) / (math.sqrt(2 * depth) if last in ("out", "down") else 1.0)
 
 
+def initial_values(
+    shapes: Iterable[tuple[str, torch.Size]], cfg: ModelConfig, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 value) of each parameter: gains 1, matrices normal, cut at three standard deviations.
+
+    Depends on (cfg, seed) and the order of the parameters only; one value exists at a time.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes:
+        value = torch.ones(shape)
+        if not role_of(name).endswith("norm"):
+            std = _std(name, shape, cfg)
+            nn.init.trunc_normal_(value, 0.0, std, -3 * std, 3 * std, generator=generator)
+        yield name, value
+
+
 @torch.no_grad()
 def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
-    """Set every parameter: gains 1, matrices normal, cut at three standard deviations. Depends on (cfg, seed) only."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if role_of(name).endswith("norm"):
-            parameter.fill_(1.0)
-            continue
-        value: Tensor = torch.empty(parameter.shape)
-        std = _std(name, parameter.shape, cfg)
-        nn.init.trunc_normal_(value, 0.0, std, -3 * std, 3 * std, generator=generator)
-        parameter.copy_(value)
+    """Set every parameter to its `initial_values`."""
+    parameters = dict(model.named_parameters())
+    for name, value in initial_values([(name, p.shape) for name, p in parameters.items()], cfg, seed):
+        parameters[name].copy_(value)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from isofusion.config import ModelConfig
 from isofusion.errors import InputError
 from isofusion.model.attention import image_plan
-from isofusion.model.block import Block
+from isofusion.model.block import Block, run_block
 from isofusion.model.layers import Linear, RMSNorm
 
 
@@ -34,13 +34,14 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, self.width, self.head_dim, False) for _ in range(cfg.encoder_layers))
         self.final_norm = RMSNorm(self.width, cfg.norm_eps)
 
-    def forward(self, patches_u8: Tensor, patches_per_image: int) -> Tensor:
+    def forward(self, patches_u8: Tensor, patches_per_image: int, recompute: int = 0) -> Tensor:
+        """`recompute`: first blocks whose activations are computed twice, to save memory."""
         images = patches_u8.shape[0] // max(1, patches_per_image)
         if images * patches_per_image != patches_u8.shape[0]:
             raise InputError(f"{patches_u8.shape[0]} patches are not whole images of {patches_per_image} patches")
         heads = self.width // self.head_dim
         plan = image_plan(images, patches_per_image, self.head_dim, heads, self.theta, patches_u8.device)
         x_PD = self.patch(normalise_patches(patches_u8)).float()
-        for block in self.blocks:
-            x_PD, _ = block(x_PD, plan)
+        for i, block in enumerate(self.blocks):
+            x_PD, _ = run_block(block, i < recompute, x_PD, plan)
         return self.final_norm(x_PD)

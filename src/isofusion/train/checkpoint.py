@@ -1,8 +1,9 @@
 """Checkpoints that a kill, a full disk or bit rot cannot turn into a wrong run (DESIGN.md section 7).
 
 `checkpoints/step_N/` holds model.safetensors, optimizer.safetensors, state.json and manifest.json (size and sha256 of
-the other three). Order of a save: write everything in `step_N.tmp`, fsync each file and the folder, rename to `step_N`,
-fsync the parent, move the pointer file `latest`, delete the older ones.
+the other three); a run on many ranks writes one shard-* file a rank instead of the first two (sharded.py). Order of a
+save: write everything in `step_N.tmp`, fsync each file and the folder, rename to `step_N`, fsync the parent, move the
+pointer file `latest`, delete the older ones.
 `newest_whole` checks every byte of a folder before it is used and falls back to the previous whole checkpoint.
 """
 
@@ -12,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,41 +90,70 @@ def save(
     `state` is JSON: what else a resume needs (config, fingerprints, counters). Raises RunFailure when it cannot be
     written (a full disk); then the previous checkpoint is as it was.
     """
-    final = folder / f"step_{step}"
-    temporary = folder / f"step_{step}.tmp"
     files = {
         "model.safetensors": _pack(dict(model.state_dict())),
         "optimizer.safetensors": _pack({**optimizer_tensors(optimizer), "rng/torch": torch.get_rng_state()}),
-        "state.json": json.dumps({**state, "step": step}, indent=1, allow_nan=False).encode(),
     }
     sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir()
+    with blamed_on_the_disk(folder, step, sum(len(data) for data in files.values())):
+        temporary = empty(folder, step)
         for name, data in files.items():
             write_file(temporary / name, data)
-        write_file(temporary / "manifest.json", json.dumps({"format": FORMAT, "files": sums}, indent=1).encode())
-        sync_folder(temporary)
-        if final.exists():  # a damaged one that a resume has passed over and reached again
-            _discard(final)
-        os.rename(temporary, final)
-        sync_folder(folder)
-        write_atomic(folder / "latest", final.name + "\n")
+        publish(temporary, state, sums)
+    drop_old(folder, keep)
+    return folder / f"step_{step}"
+
+
+def empty(folder: Path, step: int) -> Path:
+    """An empty `folder/step_<step>.tmp` to fill and `publish`."""
+    temporary = folder / f"step_{step}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    return temporary
+
+
+@contextmanager
+def blamed_on_the_disk(folder: Path, step: int, size: int) -> Iterator[None]:
+    """Where writing step_N fails: what was written goes, and a RunFailure asks for `size` bytes."""
+    try:
+        yield
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder / f"step_{step}.tmp", ignore_errors=True)
         (folder / "latest.tmp").unlink(missing_ok=True)
-        whole = next((f"step_{n}" for n in steps(folder)), "none yet")
-        need = -(-sum(len(data) for data in files.values()) // 2**20)
-        raise RunFailure(
-            f"{final}: cannot write the checkpoint ({error.strerror or error}). The newest whole checkpoint ({whole}) "
-            f"is untouched; free at least {need} MiB and resume"
-        ) from error
+        raise cannot_write(folder, step, size, error.strerror or str(error)) from error
+
+
+def cannot_write(folder: Path, step: int, size: int, why: str) -> RunFailure:
+    """What to tell when a checkpoint of `size` bytes could not be written."""
+    whole = next((f"step_{n}" for n in steps(folder)), "none yet")
+    return RunFailure(
+        f"{folder / f'step_{step}'}: cannot write the checkpoint ({why}). The newest whole checkpoint ({whole}) "
+        f"is untouched; free at least {-(-size // 2**20)} MiB and resume"
+    )
+
+
+def publish(temporary: Path, state: dict[str, Any], sums: dict[str, dict[str, Any]]) -> None:
+    """Make `step_N.tmp`, filled with the files of `sums`, the checkpoint step_N: state, manifest, rename, pointer."""
+    folder, final = temporary.parent, temporary.with_suffix("")
+    data = json.dumps({**state, "step": step_of(final)}, indent=1, allow_nan=False).encode()
+    write_file(temporary / "state.json", data)
+    sums = {**sums, "state.json": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    write_file(temporary / "manifest.json", json.dumps({"format": FORMAT, "files": sums}, indent=1).encode())
+    sync_folder(temporary)
+    if final.exists():  # a damaged one that a resume has passed over and reached again
+        _discard(final)
+    os.rename(temporary, final)
+    sync_folder(folder)
+    write_atomic(folder / "latest", final.name + "\n")
+
+
+def drop_old(folder: Path, keep: Collection[int]) -> None:
+    """Delete all but the newest KEEP_LAST checkpoints and those whose step is in `keep`."""
     others = [n for n in steps(folder) if n not in keep]
     for old in others[KEEP_LAST:]:
         _discard(folder / f"step_{old}")
-    return final
 
 
 def _pack(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -151,24 +182,37 @@ def prune(folder: Path, keep: Collection[int]) -> None:
             _discard(folder / f"step_{n}")
 
 
+def manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The files that a checkpoint folder should hold: {name: {"bytes", "sha256"}}. Raises DamagedCheckpoint."""
+    try:
+        about = json.loads((path / "manifest.json").read_bytes())
+        files = {
+            str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in about["files"].items()
+        }
+        version = about["format"]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path}: {type(error).__name__}: {error}") from error
+    if version != FORMAT:
+        raise InputError(f"{path}: checkpoint format {version}, this isofusion reads {FORMAT}")
+    return files
+
+
+def read_file(path: Path, entry: dict[str, Any]) -> bytes:
+    """One file of a checkpoint, checked against its entry in the manifest; raises DamagedCheckpoint."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path.parent}: {type(error).__name__}: {error}") from error
+    if len(data) != entry["bytes"]:
+        raise DamagedCheckpoint(f"{path}: {len(data)} bytes, the manifest says {entry['bytes']}")
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise DamagedCheckpoint(f"{path}: its sha256 is not the one in the manifest")
+    return data
+
+
 def read(path: Path) -> dict[str, bytes]:
     """The files of a checkpoint after checking each against the manifest; raises DamagedCheckpoint."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        expected = manifest["files"]
-        files = {}
-        for name, entry in expected.items():
-            data = (path / name).read_bytes()
-            if len(data) != entry["bytes"]:
-                raise DamagedCheckpoint(f"{path / name}: {len(data)} bytes, the manifest says {entry['bytes']}")
-            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                raise DamagedCheckpoint(f"{path / name}: its sha256 is not the one in the manifest")
-            files[name] = data
-        if manifest["format"] != FORMAT:
-            raise InputError(f"{path}: checkpoint format {manifest['format']}, this isofusion reads {FORMAT}")
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedCheckpoint(f"{path}: {type(error).__name__}: {error}") from error
-    return files
+    return {name: read_file(path / name, entry) for name, entry in manifest(path).items()}
 
 
 def newest_whole(folder: Path, on_message: Callable[[str], None] | None = None) -> tuple[Path, dict[str, bytes]] | None:
@@ -188,11 +232,40 @@ def state_of(files: dict[str, bytes]) -> dict[str, Any]:
     return json.loads(files["state.json"])
 
 
+def tensors_of(files: dict[str, bytes]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(weights by parameter name, the rest by "what/parameter name") of a checkpoint of one rank or of many."""
+    parts: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
+    for file, data in files.items():
+        if file.endswith(".safetensors"):
+            offsets = _offsets(data)
+            for name, tensor in unpack(data).items():
+                parts.setdefault(name, []).append((offsets.get(name, [0] * tensor.dim()), tensor))
+    whole = {name: _joined(pieces) for name, pieces in parts.items()}
+    return {n: t for n, t in whole.items() if "/" not in n}, {n: t for n, t in whole.items() if "/" in n}
+
+
+def _offsets(data: bytes) -> dict[str, list[int]]:
+    """Where the pieces in a rank's file lie in their tensors: what a distributed checkpoint keeps in the header."""
+    size = int.from_bytes(data[:8], "little")
+    about = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("DCP_SHARDING_INFO", "{}")
+    return {name: entry["saved_offsets"] for name, entry in json.loads(about).items()}
+
+
+def _joined(pieces: list[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
+    if len(pieces) == 1:
+        return pieces[0][1]
+    size = [max(o[i] + t.shape[i] for o, t in pieces) for i in range(pieces[0][1].dim())]
+    whole = torch.empty(size, dtype=pieces[0][1].dtype)
+    for offset, tensor in pieces:
+        whole[tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))] = tensor
+    return whole
+
+
 def restore(files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Load model, optimizer and torch's generator in place; returns state.json. Raises InputError on another model."""
     try:
-        model.load_state_dict(unpack(files["model.safetensors"]))
-        tensors = unpack(files["optimizer.safetensors"])
+        weights, tensors = tensors_of(files)
+        model.load_state_dict(weights)
         rng = tensors.pop("rng/torch")
         if optimizer is not None:
             load_optimizer_tensors(optimizer, tensors)
@@ -200,6 +273,49 @@ def restore(files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.Op
     except (RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
     return state_of(files)
+
+
+class Store:
+    """The checkpoints of a run of one process; `sharded.Store` is that of many ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._opened: dict[Path, dict[str, bytes]] = {}
+
+    def clean(self) -> None:
+        """Remove what a killed save left behind."""
+        clean(self.folder)
+
+    def newest(self, on_message: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint and its state.json; None if there is none. Damaged ones are told and passed."""
+        found = newest_whole(self.folder, on_message)
+        if found is None:
+            return None
+        self._opened = {found[0]: found[1]}
+        return found[0], state_of(found[1])
+
+    def open(self, path: Path) -> dict[str, Any]:
+        """state.json of the checkpoint at `path` after checking its every byte; raises DamagedCheckpoint."""
+        self._opened = {path: read(path)}
+        return state_of(self._opened[path])
+
+    def restore(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Load the checkpoint that `newest` or `open` has checked; raises InputError on another model."""
+        restore(self._opened.pop(path), model, optimizer)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        keep: Collection[int],
+    ) -> None:
+        """Write step_<step> and delete older ones but for `keep`; raises RunFailure when it cannot be written."""
+        save(self.folder, step, model, optimizer, state, keep=keep)
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -211,7 +327,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint folder, by parameter name; raises InputError if it is damaged."""
     try:
-        return unpack(read(path)["model.safetensors"])
+        return tensors_of(read(path))[0]
     except DamagedCheckpoint as damage:
         raise InputError(f"{damage}; use another checkpoint of this run") from damage
 

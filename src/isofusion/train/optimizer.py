@@ -79,12 +79,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Inverse of `optimizer_tensors`. Raises KeyError if a tensor belongs to no parameter of this optimizer."""
-    parameters = {
+    parameters = named_parameters(optimizer)
+    optimizer.state.clear()
+    for full, value in tensors.items():
+        key, name = full.split("/", 1)
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
+
+
+def named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Every parameter of the optimizer by its name in the model."""
+    return {
         name: parameter
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
-    optimizer.state.clear()
-    for full, value in tensors.items():
-        key, name = full.split("/", 1)
-        optimizer.state[parameters[name]][key] = value.clone()

@@ -38,13 +38,17 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 @contextmanager
-def reproducible(threads: int) -> Iterator[None]:
-    """Fixed threads and deterministic kernels while a run trains; the process's settings come back afterwards."""
+def reproducible(threads: int, deterministic: bool = True) -> Iterator[None]:
+    """Fixed threads and deterministic kernels while a run trains; the process's settings come back afterwards.
+
+    Not `deterministic` on a GPU: its deterministic kernels are slower, and its library of products refuses without an
+    environment variable that only the process's parent can set.
+    """
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     switches: Any = torch.utils.deterministic
     fill = switches.fill_uninitialized_memory
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     switches.fill_uninitialized_memory = False  # filling costs time and changes no result here
     try:
         yield

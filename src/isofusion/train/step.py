@@ -1,35 +1,81 @@
 """One update: forward in the chosen precision, fp32 loss over the global count of targets, clip, AdamW.
 
 Loss = (sum of nll over targets) / (count of targets) + balance_weight * balance loss (arXiv 2504.07951 section 2.3 and
-section 4: weight 0.01). A batch with no target has loss 0 rather than 0 / 0. T slots.
+section 4: weight 0.01). A batch with no target has loss 0 rather than 0 / 0.
+
+One update may be made of several micro-batches and spread over several ranks: the count of targets and the shares of
+tokens in the balance loss are those of the whole step, so the gradient is that of the one large batch.
+
+On a GPU no line here waits for the device: counts come from the host, the clip is folded into the fused optimizer as
+its gradient scale, and a step that is not finite is refused inside the optimizer's kernel. T slots.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isofusion.data.batch import PackedBatch
 from isofusion.data.sample import DOMAINS
 
+Across = Callable[[Tensor], Tensor]
 
-@dataclass(frozen=True)
+
 class StepResult:
-    """What one update did; losses in nats per target, sums in nats."""
+    """What one update did; losses in nats per target, sums in nats. Reading a number of a GPU step waits for it.
 
-    loss: float  # mean over all targets, balance loss not included; 0 without targets
-    balance: float
-    grad_norm: float  # before clipping
-    nll: dict[str, float]  # domain -> sum of nll
-    targets: dict[str, int]  # domain -> number of targets
+    loss: mean over all targets, balance loss not included, 0 without targets. grad_norm: before clipping. nll: domain
+    -> sum of nll. targets: domain -> number of targets.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        """`numbers` f64 [3 + 2 * domains]: loss, balance, gradient norm, nll by domain, targets by domain."""
+        self._event: Any = None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._numbers = numbers
+        self._read: list[float] | None = None
+
+    @property
+    def values(self) -> list[float]:
+        if self._read is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._read = self._numbers.tolist()
+        return self._read
+
+    @property
+    def loss(self) -> float:
+        return self.values[0]
+
+    @property
+    def balance(self) -> float:
+        return self.values[1]
+
+    @property
+    def grad_norm(self) -> float:
+        return self.values[2]
+
+    @property
+    def nll(self) -> dict[str, float]:
+        return dict(zip(DOMAINS, self.values[3 : 3 + len(DOMAINS)], strict=True))
+
+    @property
+    def targets(self) -> dict[str, int]:
+        return {name: int(n) for name, n in zip(DOMAINS, self.values[3 + len(DOMAINS) :], strict=True)}
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.balance) and math.isfinite(self.grad_norm)
+        return all(math.isfinite(value) for value in self.values[:3])
 
 
 def choose_precision(asked: str = "auto", device: str = "cpu") -> str:
@@ -47,22 +93,36 @@ def choose_precision(asked: str = "auto", device: str = "cpu") -> str:
 
 def precision_context(precision: str, device: str = "cpu") -> AbstractContextManager:
     """Autocast to bf16, or nothing for fp32."""
-    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def domain_sums(
-    nll_T: torch.Tensor, targets_T: torch.Tensor, domain_T: torch.Tensor
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Sum of nll (fp32) and number of targets per domain; masked sums, so no scatter order enters."""
-    nll: dict[str, float] = {}
-    counts: dict[str, int] = {}
+def domain_sums(nll_T: Tensor, batch: PackedBatch) -> Tensor:
+    """f64 [2 * domains]: sum of nll (fp32) per domain, then number of targets; masked sums, no scatter order enters."""
     nll_T = nll_T.detach().float()
-    has_T = targets_T >= 0
-    for code, name in enumerate(DOMAINS):
-        here_T = has_T & (domain_T == code)
-        counts[name] = int(here_T.sum())
-        nll[name] = float(nll_T[here_T].sum()) if counts[name] else 0.0
-    return nll, counts
+    has_T = batch.targets >= 0
+    sums, counts = [], []
+    for code in range(len(DOMAINS)):
+        here_T = has_T & (batch.domain == code)
+        counts.append(here_T.sum())
+        # leaving slots out would ask the device for their number
+        sums.append(nll_T[here_T].sum() if nll_T.device.type == "cpu" else nll_T.where(here_T, 0.0).sum())
+    return torch.cat((torch.stack(sums).double(), torch.stack(counts).double()))
+
+
+def target_count(batch: PackedBatch) -> int:
+    """Number of targets, from the host where it knows."""
+    facts = getattr(batch, "facts", None)
+    return sum(facts.targets) if facts is not None else int((batch.targets >= 0).sum())
+
+
+def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Global gradient norm, fp32 scalar on the gradients' device."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros((), device=parameters[0].device if parameters else None)
+    norm = torch.nn.utils.get_total_norm(grads, foreach=not grads[0].is_meta)
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients sharded over ranks
+    return whole
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
@@ -70,39 +130,101 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     with_grad = [p for p in parameters if p.grad is not None]
     if not with_grad:
         return 0.0
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None], foreach=True)
+    norm = total_norm(with_grad)
     value = float(norm)
     if math.isfinite(value) and value > max_norm:
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm, foreach=True)
     return value
 
 
+def step_on_device(optimizer: torch.optim.Optimizer, clip: float, checked: Tensor) -> Tensor:
+    """Clip and update by the fused optimizer without waiting for the device; returns the norm before clipping.
+
+    The update is left out when the norm or any number of `checked` is not finite, and so is every later one: the
+    caller learns of it late, and by then nothing may have moved. `optimizer.found_inf` keeps that, as float32 0 or 1.
+    """
+    fused: Any = optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = total_norm(parameters)
+    bad = ~(torch.isfinite(norm) & torch.isfinite(checked).all())
+    before = getattr(fused, "found_inf", None)
+    fused.found_inf = bad.float() if before is None else torch.maximum(before, bad.float())
+    fused.grad_scale = (norm.float() / clip).clamp(min=1.0)  # the kernel divides gradients by it
+    optimizer.step()
+    return norm
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: PackedBatch,
+    batch: PackedBatch | Sequence[PackedBatch],
     *,
     precision: str,
     clip: float,
     balance_weight: float = 0.0,
     device: str = "cpu",
+    across: Across | None = None,
 ) -> StepResult:
-    """One update on a batch of torch tensors; the caller has set the learning rate.
+    """One update on a batch of torch tensors, or on several micro-batches of it; the caller has set the learning rate.
 
-    When the result is not `finite` the weights were *not* updated: the caller stops with them intact.
+    `across` sums a small tensor over ranks, each of which gives its own part of the step; gradients are then to be
+    summed, not averaged. When the result is not `finite` the weights were *not* updated, and on a GPU no later step
+    moves them either: the caller may read a result one step late and stops with them intact.
     """
+    parts: list[Any] = list(batch) if isinstance(batch, (list, tuple)) else [batch]
     optimizer.zero_grad(set_to_none=True)
-    with precision_context(precision, device):
-        nll_T, output = model.token_losses(batch)  # type: ignore[operator]
-    total = nll_T.float().sum() / max(1, int((batch.targets >= 0).sum()))
-    loss = total + balance_weight * output.balance_loss if balance_weight else total
-    if loss.requires_grad:
-        loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_gradients(parameters, clip)
-    nll, counts = domain_sums(nll_T, batch.targets, batch.domain)
-    balance = float(output.balance_loss.detach())
-    result = StepResult(float(total.detach()), balance, norm, nll, counts)
+    count: Any = sum(target_count(part) for part in parts)
+    if across is not None:
+        count = across(torch.full((), float(count), device=device)).clamp(min=1.0)
+    else:
+        count = max(1, count)
+    routing = step_routing(model, parts, precision, device, across) if balance_weight and len(parts) > 1 else None
+    losses, balances, sums = [], [], []
+    for part in parts:
+        with precision_context(precision, device):
+            nll_T, output = model.token_losses(part)  # type: ignore[operator]
+        total = nll_T.float().sum() / count
+        if balance_weight and across is not None and routing is None and output.routing is not None:
+            routing = across(output.routing)
+        balance = output.balance_loss if routing is None else model.balance_loss(output, routing)  # type: ignore[operator]
+        loss = total + balance_weight * balance if balance_weight else total
+        if loss.requires_grad:
+            loss.backward()
+        losses.append(total.detach())
+        balances.append(balance.detach())
+        sums.append(domain_sums(nll_T, part))
+    numbers = torch.cat((torch.stack((_sum(losses), _sum(balances))).double(), _sum(sums)))
+    if across is not None:
+        numbers = across(numbers)
+    sharded = any(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"])
+    if device != "cpu" and not sharded:  # the fused kernel takes no plain scale beside sharded tensors: those wait
+        norm = step_on_device(optimizer, clip, numbers[:2])
+        return StepResult(torch.cat((numbers[:2], norm.double().view(1), numbers[2:])))
+    norm_value = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], clip)
+    norm = torch.full((1,), norm_value, dtype=torch.float64, device=numbers.device)
+    result = StepResult(torch.cat((numbers[:2], norm, numbers[2:])))
     if result.finite:
         optimizer.step()
     return result
+
+
+def step_routing(
+    model: nn.Module, parts: Sequence[PackedBatch], precision: str, device: str, across: Across | None
+) -> Tensor | None:
+    """(token, choice) pairs of the whole step, i64 [layers, 2, E], from a forward pass alone; None for a dense model.
+
+    The balance loss multiplies shares of the whole step with probabilities of each micro-batch, so the shares must be
+    known before the first backward pass. Dropless routing gives the same counts again: exact, for a third more FLOPs.
+    """
+    counts = []
+    for part in parts:
+        with torch.no_grad(), precision_context(precision, device):
+            counts.append(model(part).routing)
+    if counts[0] is None:
+        return None
+    total = _sum(counts)
+    return across(total) if across is not None else total
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).sum(0)

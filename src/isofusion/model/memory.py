@@ -1,0 +1,147 @@
+"""The peak memory of a training step, predicted from what its backward pass keeps. No torch needed.
+
+Three kinds of bytes: what stays (weights, Adam's moments, and on a GPU the batch), what each block keeps between its
+forward and its backward pass, and what is held only while one operation runs. The peak is the largest of the moments
+where it can be: the head's softmax, and the backward pass of each block, when gradients of the blocks behind it exist
+already and the activations of those before it are still kept. tests/model/test_memory.py holds it to the allocator.
+
+T slots, S places after documents were stacked for attention (CPU), P patches, n targets, D width, F feed-forward hidden
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from isofusion.config import ModelConfig
+from isofusion.model.count import BatchShape, count_parameters
+
+HEAD_CHUNK = 2**24
+"""Most logits (slots x vocabulary) held at once; 64 MiB in float32."""
+IMAGE_SHARE = 0.544
+"""Share of patches among the tokens of the paper's mixture, where no batch says otherwise."""
+DOCUMENT = 256  # slots of a document, where no batch says otherwise: it sets the size of the masks on a CPU
+PADDED = 1.06  # places per slot after documents were stacked by length (DocumentPlan) on the built-in world
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes of one block: kept until its backward pass, held at that pass's worst moment, and of its gradients."""
+
+    kept: float
+    held: float
+    gradients: float
+    enters: float  # its input, all that a recomputed block keeps
+
+
+def nominal_shape(slots: int) -> BatchShape:
+    """A batch of the paper's mixture."""
+    patches = round(IMAGE_SHARE * slots)
+    return BatchShape(slots - patches, patches, patches // 256, slots - patches, slots * DOCUMENT // 2)
+
+
+def _block(
+    slots: float,
+    places: float,
+    width: int,
+    hidden: int,
+    heads: int,
+    weights: float,
+    size: float,
+    cpu: bool,
+    compiled: bool,
+    experts: int = 0,
+    top_k: int = 1,
+    real: float = 0.0,
+) -> Layer:
+    """`size`: bytes of a number in a product; `weights`: parameters in products; `real`: slots without padding."""
+    t_d, s_d, t_f = slots * width, places * width, slots * hidden
+    attention = 4.0 if cpu else size  # bytes of q, k, v and the result
+    copies = weights * (2.0 if size == 2 else 0.0)  # bf16 copies of the weights live as long as the graph
+    if compiled and not experts:
+        # the compiler keeps least: the residual stream, both projections into it, q, k, v, the result, gate and up
+        kept = t_d * (4 + size) + 4 * t_d * attention + 4 * slots * (heads + 2) + 2 * t_f * size
+        return Layer(kept + copies, 3 * t_f * size + 4 * t_d, 4.0 * weights, 4 * t_d)
+    kept = 2 * (t_d * (4 + size) + 4 * slots)  # two norms: the unit vectors, what the product reads, one scale a slot
+    kept += 4 * 2 * t_d + 4 * 2 * heads * slots  # q and k before their gains
+    kept += 4 * s_d * attention + 4 * places * heads + t_d * size  # q, k, v, the result, its logsumexp; and in order
+    silu = 1.0 if cpu else 0.0
+    if not experts:
+        kept += t_f * size * (3 + silu)  # gate, up, (silu,) product
+        held = t_f * size * 3 + 4 * t_d + (t_d * size if size == 2 else 0)
+        return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
+    rows = (real if cpu else slots) * top_k
+    kept += rows * width * size * 2 + rows * hidden * size * (3 + silu)  # rows in and out, gate, up, (silu,) product
+    kept += slots * experts * 4 + slots * top_k * 24 + rows * 20  # probabilities, choices, order
+    kept += t_d * 4 if size == 2 else 0  # the router reads float32
+    held = rows * hidden * size * 3 + 4 * t_d + rows * width * size
+    return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
+
+
+def memory_bytes(
+    cfg: ModelConfig,
+    slots: int,
+    precision: str = "fp32",
+    shape: BatchShape | None = None,
+    device: str = "cpu",
+    recompute: int = 0,
+    compiled: bool | None = None,
+) -> dict[str, float]:
+    """Bytes of one device at the worst moment of a step, by what they are for; "total" is their sum.
+
+    `slots` of one micro-batch, padding included; `shape`: what it holds (default: the paper's mixture).
+    `recompute`: blocks whose activations are computed again in the backward pass. `compiled`: a GPU's default.
+    """
+    shape = shape or nominal_shape(slots)
+    cpu = device == "cpu"
+    compiled = (not cpu) if compiled is None else compiled
+    size = 4.0 if precision == "fp32" else 2.0
+    n = count_parameters(cfg)
+    d, patches = cfg.width, shape.image_tokens
+    places = slots * PADDED if cpu else slots
+    attention, ffn = 4 * d * d, 3 * d * cfg.hidden()
+    inside = attention + ffn * max(1, cfg.n_experts) + (cfg.n_experts * d if cfg.routing == "agnostic" else 0)
+    real = float(shape.text_tokens + shape.image_tokens)
+    block = _block(
+        slots, places, d, cfg.hidden(), cfg.n_heads, inside, size, cpu, compiled, cfg.n_experts, cfg.top_k, real
+    )
+    layers = [block] * cfg.depth
+    if cpu:  # where each slot goes and comes from, the table of rotations, the masks of the stacked documents
+        shared = 8.0 * places + 8.0 * slots + 8.0 * slots * d + 8.0 * shape.attention_pairs
+    else:
+        shared = 4.0 * slots * cfg.head_dim
+    front = patches * cfg.patch_dim * size
+    if cfg.fusion == "late":
+        assert cfg.encoder_width is not None
+        e, heads = cfg.encoder_width, cfg.encoder_width // cfg.encoder_head
+        weights = 4 * e * e + 3 * e * cfg.hidden(e)
+        tower = _block(patches, patches, e, cfg.hidden(e), heads, weights, size, cpu, compiled)
+        layers = [tower] * cfg.encoder_layers + layers
+        front += patches * e * (4 + size) + patches * (e * 8.0 if cpu else cfg.encoder_head * 4.0)
+    if recompute:
+        again = [Layer(b.enters, b.kept + b.held, b.gradients, b.enters) for b in layers[:recompute]]
+        layers = again + layers[recompute:]
+    # the head: unit vectors and result of the last norm, rows with a target
+    top = slots * d * (4 + size) + shape.targets * d * 8.0
+    logits = 4.0 * min(shape.targets * cfg.vocab_size, HEAD_CHUNK)
+    softmax = 3 * logits if cpu or size == 4 else 3.5 * logits
+    kept = shared + front + top + sum(b.kept for b in layers)
+    gradients = 4.0 * cfg.vocab_size * d
+    # the head's gradient is there at its second chunk
+    moments = [(kept, softmax, gradients if shape.targets * cfg.vocab_size > HEAD_CHUNK else 0.0)]
+    for layer in reversed(layers):
+        moments.append((kept - (0.0 if layer is layers[-1] else top), layer.held, gradients))
+        kept -= layer.kept
+        gradients += layer.gradients
+    moments.append((kept - top, 0.0, 4.0 * n.n_total))
+    kept, held, gradients = max(moments, key=sum)
+    batch = 0.0 if cpu else slots * 40.0 + patches * (cfg.patch_dim + 8.0)
+    parts = {
+        "weights": 4.0 * n.n_total,
+        "adam": 8.0 * n.n_total,
+        "gradients": gradients,
+        "activations": kept,
+        "transient": held,
+        "batch": batch,
+    }
+    parts["total"] = sum(parts.values())
+    return parts

@@ -1,0 +1,99 @@
+"""The predicted peak of a training step against what the allocator saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs the [train] extra")
+
+from isofusion.config import DataConfig, ModelConfig, TrainConfig  # noqa: E402
+from isofusion.data.stream import Stream  # noqa: E402
+from isofusion.model.count import batch_shape, count_parameters  # noqa: E402
+from isofusion.model.decoder import Decoder  # noqa: E402
+from isofusion.model.init import init_weights  # noqa: E402
+from isofusion.model.memory import memory_bytes  # noqa: E402
+from isofusion.train.memory import peak_bytes, resident_bytes  # noqa: E402
+from isofusion.train.optimizer import build_optimizer  # noqa: E402
+from isofusion.train.step import train_step  # noqa: E402
+
+DOMAINS = (("caption", 45), ("interleaved", 45), ("text", 10))
+DATA = DataConfig(
+    sources=[{"name": d, "domain": d, "format": "world", "weight": w} for d, w in DOMAINS],
+    row_len=256,
+    image_size=48,
+    patch_size=8,
+)
+
+
+def config(**changes: Any) -> ModelConfig:
+    settings = {"width": 64, "depth": 4, "head_dim": 16, "ffn_multiple": 16, "vocab_size": 512, "patch_size": 8}
+    return ModelConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ISOFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        (4, {}),
+        (8, {"width": 128}),
+        (4, {"depth": 8}),
+        (4, {"vocab_size": 4096}),
+        (4, {"vocab_size": 50432, "depth": 2}),  # the head's logits come in chunks
+        (4, {"fusion": "late", "encoder_width": 32}),
+        (4, {"n_experts": 8}),
+        (4, {"n_experts": 4, "top_k": 2}),
+        (4, {"n_experts": 2, "routing": "modality-routed"}),
+        (1, {"width": 256, "n_experts": 8}),  # weights and gradients, hardly any activations
+    ],
+)
+def test_the_peak_of_a_step_is_within_ten_percent(rows: int, changes: dict[str, Any], cache: Any) -> None:
+    cfg = config(**changes)
+    batch = Stream(DATA, 0, "train", rows).batch(0)
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    optimizer, tensors = build_optimizer(model, cfg, TrainConfig()), batch.torch()
+
+    def step() -> None:
+        train_step(model, optimizer, tensors, precision="fp32", clip=1.0, balance_weight=0.01 * bool(cfg.n_experts))
+
+    step()
+    optimizer.zero_grad()
+    measured = resident_bytes(model, optimizer) + peak_bytes(step)
+    parts = memory_bytes(cfg, batch.n_slots, shape=batch_shape(batch))
+    assert parts["weights"] + parts["adam"] == pytest.approx(resident_bytes(model, optimizer) * 12 / 16, rel=1e-3)
+    assert parts["total"] == pytest.approx(measured, rel=0.1)
+    # a shape that knows nothing of the batch is still a plan
+    assert memory_bytes(cfg, batch.n_slots)["total"] == pytest.approx(measured, rel=0.25)
+
+
+def test_the_allocator_is_read_right() -> None:
+    def three() -> None:
+        a = torch.ones(1000)
+        b = torch.ones(500)
+        del a
+        c = torch.ones(800)
+        del b, c
+
+    assert peak_bytes(three) == 6000
+
+
+def test_parts_add_up_and_grow_as_they_should() -> None:
+    cfg = config()
+    parts = memory_bytes(cfg, 1024)
+    assert parts["total"] == sum(size for role, size in parts.items() if role != "total")
+    assert parts["weights"] + parts["adam"] == 12 * count_parameters(cfg).n_total
+    more = memory_bytes(cfg, 2048)
+    assert more["activations"] == pytest.approx(2 * parts["activations"], rel=1e-6)
+    for device in ("cpu", "cuda"):
+        totals = [memory_bytes(cfg, 8192, "bf16", device=device, recompute=k)["total"] for k in (0, 2, 4)]
+        assert totals[0] > totals[1] > totals[2]
+    eager, compiled = (memory_bytes(cfg, 8192, "bf16", device="cuda", compiled=c)["total"] for c in (False, True))
+    assert compiled < eager < memory_bytes(cfg, 8192, device="cuda", compiled=False)["total"]
