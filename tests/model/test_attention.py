@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from isofusion.data.batch import PackedBatch
+from isofusion.data.batch import SLOT_VECTORS, PackedBatch
 from isofusion.errors import InputError
 from isofusion.model.attention import _blocks_by_length, block_mask, may_attend
 from isofusion.model.decoder import Decoder
@@ -137,36 +137,54 @@ def test_flex_equals_dense_forward(batch: PackedBatch, make_config: Callable[...
     torch.testing.assert_close(dense, flex, rtol=1e-5, atol=1e-5)
 
 
+def rolled(batch: PackedBatch) -> PackedBatch:
+    """The rows of a batch of two rows, exchanged."""
+    half = batch.row_len
+    changed = {name: np.roll(getattr(batch, name), half) for name in SLOT_VECTORS}
+    return replace(batch, patch_slot=np.flatnonzero(changed["modality"]).astype(np.int32), **changed)
+
+
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 @pytest.mark.parametrize(
-    ("kind", "attention"), [("early", "flex"), ("early", "sdpa"), ("late", "sdpa"), ("moe", "flex"), ("routed", "flex")]
+    ("kind", "attention"),
+    [
+        ("early", "flex"),
+        ("moe", "flex"),
+        pytest.param("routed", "flex", marks=pytest.mark.slow),
+        pytest.param("early", "sdpa", marks=pytest.mark.slow),
+        pytest.param("late", "sdpa", marks=pytest.mark.slow),
+    ],
 )
 def test_blocks_compile_whole_and_once(
     kind: str, attention: str, batch: PackedBatch, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No graph break, one compilation for all blocks of a kind, and the plain formulas give the same numbers.
 
-    `sdpa` with gradients; FlexAttention has no backward pass on a CPU. Experts with the fixed shapes of a GPU.
+    `sdpa` with gradients; FlexAttention has no backward pass on a CPU. Experts with the fixed shapes and the precision
+    of a GPU: no compiler takes their product in float32.
     """
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     plan_of = SlotPlan.of
     monkeypatch.setattr(SlotPlan, "of", lambda b: replace(plan_of(b), n_real=None))
     torch._dynamo.reset()
-    results = []
+    results, experts = [], kind in ("moe", "routed")
     for compiled in (False, True):
         model = model_of(make_config(kind, head_dim=8 if kind == "late" else 16), attention)
         if compiled:
             for block in [*model.blocks, *(model.encoder.blocks if model.encoder else ())]:
                 block._compiled_call_impl = torch.compile(block._call_impl, fullgraph=True)
-        with torch.set_grad_enabled(attention == "sdpa"):
+        with torch.set_grad_enabled(attention == "sdpa"), torch.autocast("cpu", torch.bfloat16, enabled=experts):
+            if attention == "flex":  # another batch, another mask: nothing is compiled again
+                model.token_losses(rolled(batch).torch())
             nll, _ = model.token_losses(batch.torch())
             if attention == "sdpa":
                 nll.sum().backward()
         results.append([nll.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     torch._dynamo.reset()
     for eager, other in zip(*results, strict=True):
-        torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-5 * float(eager.abs().max()) + 1e-7)
+        limit = (0.05 if experts else 1e-5) * float(eager.abs().max())
+        assert (eager - other).abs().max() <= limit + 1e-7
     assert counter.frame_count == (2 if kind == "late" else 1)
 
 

@@ -42,7 +42,7 @@ def by_hand(experts: Experts, x: torch.Tensor, slots: SlotPlan) -> torch.Tensor:
 
 
 def undefined_behind_the_last_expert(real: Callable[..., Any]) -> Callable[..., Any]:
-    """A grouped product whose rows behind the last offset are NaN, in the result and in the gradient, as they may be."""
+    """A grouped product whose rows behind the last offset are NaN, in the result and in the gradient."""
 
     def product(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         served = (torch.arange(x.shape[0]) < offs[-1])[:, None]

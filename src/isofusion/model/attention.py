@@ -27,6 +27,8 @@ from isofusion.errors import InputError
 from isofusion.model.fused import compute_dtype, exactly, regroup
 
 EXECUTIONS = ("dense", "sdpa", "flex")
+FLEX_HEAD = 16
+"""Fewest features of a head that FlexAttention's kernels take."""
 
 
 def may_attend(query: dict[str, Any], key: dict[str, Any]) -> Any:
@@ -74,7 +76,7 @@ def _flat(out_NHLK: Tensor) -> Tensor:
     return out_NHLK.transpose(1, 2).reshape(n * length, heads * head)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor) -> Tensor:
     """q, k, v [N*L, H, K] -> [N*L, H*K]."""
     q, k, v = (x.view(n, x.shape[0] // n if n else 0, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     with exactly(q.device):  # inputs have the plan's dtype already
@@ -82,16 +84,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None) -> Tenso
 
 
 class ImagePlan(AttentionPlan):
-    """Bidirectional inside each image, for the late-fusion encoder: I images of n patches."""
+    """Bidirectional inside each image, for the late-fusion encoder: images of `patches` patches."""
 
-    def __init__(self, phase: Tensor, dtype: torch.dtype, images: int) -> None:
+    def __init__(self, phase: Tensor, dtype: torch.dtype, patches: int) -> None:
         super().__init__(phase, dtype)
-        self.images = images
+        self.patches = patches
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.images == 0:  # no image in this batch: keep the graph whole without an attention call
+        if q.shape[0] == 0:  # no image in this batch: keep the graph whole without an attention call
             return (q + k + v).flatten(1)
-        return _sdpa(q, k, v, self.images, None)
+        q, k, v = (x.unflatten(0, (-1, self.patches)).transpose(1, 2) for x in (q, k, v))
+        with exactly(q.device):
+            return _flat(F.scaled_dot_product_attention(q, k, v))
 
 
 class DensePlan(AttentionPlan):
@@ -267,7 +271,7 @@ def make_plan(execution: str, batch: PackedBatch, head_dim: int, heads: int, the
     """The plan of a torch batch; `execution` is one of EXECUTIONS or "auto" (flex on CUDA, else sdpa)."""
     device = batch.doc_id.device
     if execution == "auto":
-        execution = "flex" if device.type == "cuda" else "sdpa"
+        execution = "sdpa" if device.type != "cuda" else "flex" if head_dim >= FLEX_HEAD else "dense"
     if execution not in EXECUTIONS:
         raise InputError(f'attention "{execution}" is unknown; choose one of {", ".join(EXECUTIONS)} or auto')
     phase = rope_phase(batch.position, head_dim, heads, theta)
@@ -278,7 +282,7 @@ def make_plan(execution: str, batch: PackedBatch, head_dim: int, heads: int, the
 def image_plan(images: int, patches: int, head_dim: int, heads: int, theta: float, device: torch.device) -> ImagePlan:
     """The encoder's plan: RoPE runs over the patch index inside each image."""
     phase = rope_phase(torch.arange(patches, device=device), head_dim, heads, theta)
-    return ImagePlan(phase.repeat(images, *[1] * (phase.dim() - 1)), _attention_dtype(device), images)
+    return ImagePlan(phase.repeat(images, *[1] * (phase.dim() - 1)), _attention_dtype(device), patches)
 
 
 def _attention_dtype(device: torch.device) -> torch.dtype:

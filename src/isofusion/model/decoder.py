@@ -24,7 +24,7 @@ from isofusion.model.block import Block, run_block
 from isofusion.model.experts import SlotPlan
 from isofusion.model.fused import exactly
 from isofusion.model.layers import Embedding, Linear, RMSNorm
-from isofusion.model.memory import HEAD_CHUNK
+from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU
 from isofusion.model.vision import VisionEncoder, normalise_patches
 
 
@@ -130,7 +130,8 @@ class Decoder(nn.Module):
         return nll_T, output
 
     def _nll(self, hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
-        step = max(1, HEAD_CHUNK // self.cfg.vocab_size)
+        chunk = HEAD_CHUNK if hidden_nD.device.type == "cpu" else HEAD_CHUNK_GPU
+        step = max(1, chunk // self.cfg.vocab_size)
         if hidden_nD.shape[0] <= step:
             return F.cross_entropy(self.logits(hidden_nD), targets_n, reduction="none")
 

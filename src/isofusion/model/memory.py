@@ -16,7 +16,9 @@ from isofusion.config import ModelConfig
 from isofusion.model.count import BatchShape, count_parameters
 
 HEAD_CHUNK = 2**24
-"""Most logits (slots x vocabulary) held at once; 64 MiB in float32."""
+"""Most logits (slots x vocabulary) held at once on a CPU; 64 MiB in float32."""
+HEAD_CHUNK_GPU = 2**28
+"""The same on a GPU, whose products want more rows: 1 GiB."""
 IMAGE_SHARE = 0.544
 """Share of patches among the tokens of the paper's mixture, where no batch says otherwise."""
 DOCUMENT = 256  # slots of a document, where no batch says otherwise: it sets the size of the masks on a CPU
@@ -122,12 +124,13 @@ def memory_bytes(
         layers = again + layers[recompute:]
     # the head: unit vectors and result of the last norm, rows with a target
     top = slots * d * (4 + size) + shape.targets * d * 8.0
-    logits = 4.0 * min(shape.targets * cfg.vocab_size, HEAD_CHUNK)
+    chunk = HEAD_CHUNK if cpu else HEAD_CHUNK_GPU
+    logits = 4.0 * min(shape.targets * cfg.vocab_size, chunk)
     softmax = 3 * logits if cpu or size == 4 else 3.5 * logits
     kept = shared + front + top + sum(b.kept for b in layers)
     gradients = 4.0 * cfg.vocab_size * d
     # the head's gradient is there at its second chunk
-    moments = [(kept, softmax, gradients if shape.targets * cfg.vocab_size > HEAD_CHUNK else 0.0)]
+    moments = [(kept, softmax, gradients if shape.targets * cfg.vocab_size > chunk else 0.0)]
     for layer in reversed(layers):
         moments.append((kept - (0.0 if layer is layers[-1] else top), layer.held, gradients))
         kept -= layer.kept
