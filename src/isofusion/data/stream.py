@@ -92,11 +92,13 @@ def _texts(parts: dict[str, SourceIndex]) -> Iterator[str]:
             yield from (s for s in documents.raw(d) if isinstance(s, str))
 
 
-def _tokens(source: Source, j: int) -> tuple[int, int]:
-    """Text and image tokens of row j: from the plan where there is one, else from the (cached) block it lies in."""
-    if isinstance(source, FiniteSource):
+def _tokens(place: tuple[Source, int], opened: tuple[Rows, int] | None) -> tuple[int, int]:
+    """Text and image tokens of a row: of the opened one, else from the plan of its source."""
+    source, j = place
+    if opened is None:
+        assert isinstance(source, FiniteSource)
         return source.tokens(j)
-    rows, r = source.row(j)
+    rows, r = opened
     at = slice(r * rows.batch.row_len, (r + 1) * rows.batch.row_len)
     real, image = rows.batch.doc_id[at] >= 0, rows.batch.modality[at] == 1
     return int((real & ~image).sum()), int(image.sum())
@@ -146,13 +148,16 @@ class Stream:
             raise ValueError(f"step must be >= 0, not {step}")
         t = step * self.rows_per_step + np.arange(self.rows_per_step)
         source, j = self.quota.locate(t)
-        places = list(zip((self.sources[s] for s in source.tolist()), j.tolist(), strict=True))
+        places = [(self.sources[s], int(row)) for s, row in zip(source.tolist(), j, strict=True)]
         rank, ranks = part
         if ranks == 1:
             return take([source.row(row) for source, row in places])
-        tokens = np.array([_tokens(source, row) for source, row in places], np.int64)
-        mine = share_rows(tokens[:, 0], tokens[:, 1], ranks)[rank].tolist()
-        return replace(take([places[r][0].row(places[r][1]) for r in mine]), row_numbers=tuple(mine))
+        # a plan knows its rows' tokens without opening them; a block of the world holds rows of all ranks anyway
+        opened = [None if isinstance(source, FiniteSource) else source.row(row) for source, row in places]
+        tokens = [_tokens(place, rows) for place, rows in zip(places, opened, strict=True)]
+        text, image = np.array(tokens, np.int64).T
+        mine = share_rows(text, image, ranks)[rank].tolist()
+        return replace(take([opened[r] or places[r][0].row(places[r][1]) for r in mine]), row_numbers=tuple(mine))
 
     # ---- validation -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""One run of a locked study on its own, on one process or on many ranks: `python -m isofusion.train OUT --run NAME`.
+"""One run of a locked study on its own, on one process or on many ranks: `python -m isofusion.train OUT NAME`.
 
 Under torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) the processes share the
 run. Exit codes: 0 done, 75 stopped by SIGTERM with a checkpoint, 2 bad input, 1 failed; why is in failure.json.
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     root, folder = args.out / "runs", None
     try:
-        config = run_of(args.out, args.run)
+        config = run_of(args.out, args.name)
         folder = root / config.name
         if os.environ.get("RANK", "0") == "0":
             (folder / FAILURE).unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m isofusion.train", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the locked study; the run is in OUT/runs/NAME")
-    parser.add_argument("--run", required=True, metavar="NAME", help="name of the run, as `study status OUT` lists it")
+    parser.add_argument("name", metavar="NAME", help="name of the run, as `study status OUT` lists it")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank (default 1)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
