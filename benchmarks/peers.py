@@ -7,7 +7,7 @@ optimizer. isofusion's rows go through its own PackedBatch, Decoder and train_st
 depth, head size, context and vocabulary; hidden sizes make FLOPs per token agree within 1 %, and all are judged by
 achieved FLOP/s, counted by one rule (adapters.Shape.flops). Everybody runs eager and compiled in one process, with the
 allocator of isofusion's workers, in turns: A B C D A B C D ...; ratios are taken inside a turn. isofusion's kernels are
-deterministic, as in a study; the peers' need not be. Compiled: each project's own way; for isofusion, each block.
+deterministic, as in a study; the peers' need not be. Compiled: each project's own way; isofusion compiles each block.
 
 Bound: bare `torch.mm` at isofusion's own shapes (forward and both gradients, as often as the step runs them).
 Target: 1.3 times the best peer, and at least half of the bound. Exit status 1 where a target is missed.
@@ -61,8 +61,7 @@ def own(shape: Shape, precision: str, compiled: bool, batch: PackedBatch, thread
     init_weights(model, config, seed=0)
     optimizer = build_optimizer(model, config, train)
     if compiled:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        model.compile_blocks()
     packed = batch.torch("cpu")
 
     def step() -> float:
