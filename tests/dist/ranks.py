@@ -1,6 +1,7 @@
 """The ranks of a list of jobs: `ranks.py JOBS.json N`. Not a test itself.
 
-JOBS.json: [{"run": RunConfig, "root": folder of runs, "stop": [rank, calls] or null, "asynchronous", "replicas", "env"}, ...].
+JOBS.json: [{"run": RunConfig, "root": folder of runs, "stop": [rank, calls] or null, "asynchronous", "replicas",
+"env": variables of this job}, ...].
 What torch needs is imported once, then the ranks are forked; whoever started this holds their store (MASTER_PORT).
 Rank 0 writes JOBS.json.done, the status or error of each job; the ranks go from one to the next together.
 """
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 import isofusion.evaluate.run
@@ -62,6 +64,7 @@ def rank_of(path: Path) -> None:
 
 def main(path: Path, ranks: int) -> int:
     """The number of ranks that failed."""
+    torch.use_deterministic_algorithms(True)  # imports for seconds: once, before the ranks are forked
     for rank in range(ranks):
         if os.fork() == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}

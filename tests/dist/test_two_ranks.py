@@ -25,12 +25,12 @@ _shared = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_shared)
 job, run_config = _shared.job, _shared.run_config
 
-EARLY, LATE, MOE = run_config("early", 16), run_config("late", 5), run_config("moe", 5)
+EARLY, LATE, MOE = run_config("early", 10), run_config("late", 5), run_config("moe", 5)
 BRANCH = run_config("late", 7, kind="branch", parent=LATE.name, start_step=5, forks=[])
-LONG = run_config("moe", 9, seed=1, forks=[4], train={"checkpoint_every": 4})
+LONG = run_config("moe", 9, variant="long", forks=[4], train={"checkpoint_every": 4})
 """One rank until step 3, two until step 7, one to the end; the asynchronous twin writes beside training."""
-MICRO = run_config("moe", 3, seed=2, train={"rows_per_step": 4})
-ODD = run_config("early", 3, seed=3, train={"rows_per_step": 3})
+MICRO = run_config("moe", 3, variant="micro", train={"rows_per_step": 4})
+ODD = run_config("early", 3, variant="odd", train={"rows_per_step": 3})
 pytestmark = pytest.mark.timeout(400)  # seconds of a busy machine; some 20 of CPU
 SAME = ("step", "tokens", "text_tokens", "image_tokens", "lr", "targets", "targets_caption", "keys_digest")
 CLOSE = ("loss", "grad_norm", "loss_caption", "loss_text", "balance_loss")
