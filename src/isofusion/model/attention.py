@@ -76,11 +76,11 @@ def _flat(out_NHLK: Tensor) -> Tensor:
     return out_NHLK.transpose(1, 2).reshape(n * length, heads * head)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor) -> Tensor:
-    """q, k, v [N*L, H, K] -> [N*L, H*K]."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """q, k, v [N*L, H, K] -> [N*L, H*K]; without a mask every place sees all of its L, or with `causal` the earlier."""
     q, k, v = (x.view(n, x.shape[0] // n if n else 0, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     with exactly(q.device):  # inputs have the plan's dtype already
-        return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
 
 class ImagePlan(AttentionPlan):
@@ -128,7 +128,7 @@ class DocumentPlan(AttentionPlan):
         starts, lengths, padding = _documents(doc, batch.row_len)
         inverse = np.empty(doc.shape[0], dtype=np.int64)
         gather: list[np.ndarray] = []
-        self.blocks: list[tuple[int, Tensor]] = []
+        self.blocks: list[tuple[int, Tensor | None]] = []
         self.sizes: list[int] = []
         for members, width in _blocks_by_length(lengths, heads):
             offset_L = np.arange(width, dtype=np.int32)
@@ -137,6 +137,11 @@ class DocumentPlan(AttentionPlan):
             inverse[slot_NL[real_NL]] = sum(self.sizes) + np.flatnonzero(real_NL)
             gather.append(slot_NL.ravel())
             self.sizes.append(slot_NL.size)
+            if real_NL.all() and not (image[slot_NL] >= 0).any():
+                # plain text of one length: SDPA's own causal form skips half of the scores. Not with filler places,
+                # which would then see documents and hand them a gradient (see `regroup`).
+                self.blocks.append((len(members), None))
+                continue
             side = {  # a filler place belongs to no document, so no real place sees it
                 "doc": np.where(real_NL, 0, -1).astype(np.int8),
                 "image": np.where(real_NL, image[slot_NL], -1),
@@ -149,17 +154,21 @@ class DocumentPlan(AttentionPlan):
             # SDPA turns a bool mask into a float one at every call: do it once per batch
             mask = torch.from_numpy(np.where(allowed, np.float32(0), np.float32("-inf")))
             self.blocks.append((len(members), mask.to(device, dtype)))
+        if len(self.blocks) == 1 and not padding.size and self.sizes[0] == inverse.size:
+            return  # documents of one length that fill the rows lie in order already
         inverse[padding] = sum(self.sizes) + np.arange(padding.size)
         self.sizes.append(int(padding.size))
         self.gather = torch.from_numpy(np.concatenate([*gather, padding]).astype(np.int64)).to(device)
         self.inverse = torch.from_numpy(inverse).to(device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert self.gather is not None
+        if self.gather is None:
+            ((n, mask),) = self.blocks
+            return _sdpa(q, k, v, n, mask, mask is None)
         assert self.inverse is not None
         *values, own = v.split(self.sizes)
         parts = zip(self.blocks, q.split(self.sizes), k.split(self.sizes), values, strict=False)
-        outs = [_sdpa(q_, k_, v_, n, mask) for (n, mask), q_, k_, v_ in parts]
+        outs = [_sdpa(q_, k_, v_, n, mask, mask is None) for (n, mask), q_, k_, v_ in parts]
         return regroup(torch.cat([*outs, own.flatten(1)]), self.inverse, self.gather)
 
 

@@ -9,6 +9,7 @@ Fields (None or absent where the study does not allow it):
   frontier    arm -> domain or "mean" -> compute-optimal loss, N, D, D/N over compute with intervals, extrapolated flags
   differences pairs of arms: at equal compute, at matched size, verdicts
   answer      the recommendation at c_ref ("ref") and at 10 times that ("ten")
+  speed       sizes: tokens/s, FLOP/s, share of the peak, memory per arm and size; pairs: time of arms at equal FLOPs
   holdout, predicted, classes, fusion, fusion_compare, image_use, experts, noise, tuning, training
   warnings, cannot   sentences;  methods   what was run, on what, at what cost
 Units: N parameters (active ones for experts), D text + image tokens, C FLOPs, losses nats per target token.
@@ -27,6 +28,7 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.table import clusters
 from isofusion.report import advice, evidence, lawside, methods
+from isofusion.report import speed as speeds
 from isofusion.report.evidence import LEVEL, number
 from isofusion.report.words import si
 
@@ -77,6 +79,8 @@ def analyse(out: Path, rows: list[dict[str, Any]] | None = None) -> Analysis:
     a["noise"] = _noise(a, domains)
     a["tuning"] = evidence.tuning(main, sweep, arms)
     a["training"] = evidence.training_curves(out, main, tiers)
+    sizes = speeds.speeds(out, main, tiers)
+    a["speed"] = {"sizes": sizes, "pairs": speeds.at_equal_flops(sizes, pairs)}
     a["below_bound"] = _below_bound(main, a["noise"], domains)
     a["methods"] = methods.methods(out, lock, main, sweep, excluded, a)
     a["answer"] = advice.answer(a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from isofusion.report.figures import NAMES
@@ -19,6 +20,8 @@ def after(name: str, a: Analysis) -> str:
         return _classes(a)
     if name == "image-use":
         return _image(a)
+    if name == "speed":
+        return _speed(a)
     return ""
 
 
@@ -194,3 +197,22 @@ def _image(a: Analysis) -> str:
         "documents",
     ]
     return table(head, rows, left=(1,))
+
+
+def _speed(a: Analysis) -> str:
+    """Columns that no run measured are left out."""
+    rows = a["speed"]["sizes"]
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        ("tokens/s", "tokens_per_s", si),
+        ("FLOP/s", "flops_per_s", power),
+        ("of the measured peak", "mfu_measured", percent),
+        ("of the data sheet's peak", "mfu_datasheet", percent),
+        ("waiting for data", "input_wait", percent),
+        ("peak memory", "peak_memory", lambda value: f"{si(value)}B"),
+    ]
+    columns = [c for c in columns if any(r[c[1]] is not None for r in rows)]
+    cells = [
+        [arm_cell(a, r["arm"]), r["size"], *(DASH if r[key] is None else show(r[key]) for _, key, show in columns)]
+        for r in rows
+    ]
+    return folded("Speed by arm and size", table(["arm", "size", *(c[0] for c in columns)], cells, left=(1,)))

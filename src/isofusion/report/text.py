@@ -300,6 +300,31 @@ def loss_against_tokens(a: Analysis) -> str:
     return text
 
 
+def speed(a: Analysis) -> str:
+    rows, pairs = a["speed"]["sizes"], a["speed"]["pairs"]
+    jobs, threads = a["methods"]["jobs"], a["methods"]["threads"]
+    text = "Training alone, as it ran"
+    if jobs and threads:
+        runs = "one run at a time" if jobs == 1 else f"{jobs} runs at a time"
+        text += f" ({runs}, {threads} thread{'' if threads == 1 else 's'} each)"
+    text += "; FLOPs by the exact ledger."
+    for arm in a["study"]["arms"]:
+        mine = [r for r in rows if r["arm"] == arm]
+        if mine:
+            low, high = mine[0], mine[-1]
+            text += (
+                f" {arm}: {si(low['tokens_per_s'])} tokens/s at N = {si(low['n'])}, {si(high['tokens_per_s'])} at "
+                f"{si(high['n'])} ({power(high['flops_per_s'])} FLOP/s)."
+            )
+    for label in dict.fromkeys(r["label"] for r in pairs):
+        ratios = [r["time_ratio"] for r in pairs if r["label"] == label]
+        span = f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else f"{ratios[0]:.2f}"
+        text += f" At equal FLOPs {label} takes {span} times as long."
+    if pairs:
+        text += " Right: each arm in its colour over the arm it is compared with first in this list; 1 is equally fast."
+    return text
+
+
 CAPTIONS: dict[str, tuple[str, Callable[[Analysis], str]]] = {
     "loss-against-flops": ("Loss against compute", loss_against_flops),
     "differences": ("Differences between arms", differences),
@@ -310,5 +335,6 @@ CAPTIONS: dict[str, tuple[str, Callable[[Analysis], str]]] = {
     "image-use": ("Does it look at the image?", image_use),
     "tokens-per-expert": ("Who takes which tokens", tokens_per_expert),
     "loss-against-tokens": ("Training", loss_against_tokens),
+    "speed": ("Speed", speed),
 }
 """Figures in the order of the page: name -> (heading, caption)."""

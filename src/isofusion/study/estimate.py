@@ -314,8 +314,11 @@ def _limits(memory: list[float], disk: float, out: Path, jobs: int) -> list[str]
     return problems
 
 
-def fits(spec: StudySpec, out: Path, jobs: int) -> list[str]:
-    """Why the study cannot run here (memory of the largest jobs together, disk for its checkpoints); [] if it can."""
+def fits(spec: StudySpec, out: Path, jobs: int, memory_of_a_job: float | None = None) -> list[str]:
+    """Why the study cannot run here (memory of the largest jobs together, disk for its checkpoints); [] if it can.
+
+    With `memory_of_a_job` (bytes; infinity if not known) each run has that much to itself, on another machine.
+    """
     from isofusion.model.count import count_parameters
 
     memory, disk = [], 0.0
@@ -323,7 +326,15 @@ def fits(spec: StudySpec, out: Path, jobs: int) -> list[str]:
         memory.append(_memory(run))
         kept = len(run.forks) + 2 if run.kind == "trunk" else 2
         disk += kept * BYTES_PER_PARAMETER * count_parameters(run.model).n_total
-    return _limits(memory, disk, out, jobs)
+    if memory_of_a_job is None:
+        return _limits(memory, disk, out, jobs)
+    problems = _limits([], disk, out, jobs)
+    if max(memory) > memory_of_a_job:
+        problems.append(
+            f"memory: the largest run needs up to {max(memory) / 1e9:,.1f} GB and a job gets "
+            f"{memory_of_a_job / 1e9:,.1f} GB; raise --mem, or use fewer train.rows_per_step"
+        )
+    return problems
 
 
 def available_memory() -> float:

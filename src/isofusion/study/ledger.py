@@ -1,7 +1,8 @@
 """SQLite index over the run folders of a study. The folders are the truth: deleting the index loses nothing.
 
 `results` is the table every fit and report starts from: one row per finished branch, the whole cost (trunk up to the
-fork + cool-down) counted. Tuning runs and excluded runs are rows too, but only where they are asked for.
+fork + cool-down) counted. Tuning runs and excluded runs are rows too, but only where they are asked for. `jobs` holds
+the SLURM jobs of a study that was submitted, as of the last `study status`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ COLUMNS = (
 )
 """Columns of results.csv, in this order. Tokens, nats per target token, FLOPs, seconds."""
 
+JOB_COLUMNS = ("run", "job_id", "state", "message", "submitted_at", "after", "starts", "node", "log")
+"""Columns of `jobs`: the newest job of each submitted run."""
 STATE_COLUMNS = ("run", "kind", "arm", "size", "seed", "variant", "parent", "start_step", "end_step", "digest")
 
 
@@ -164,6 +167,8 @@ class Ledger:
             connection.execute(f"CREATE TABLE IF NOT EXISTS runs ({columns}, config TEXT, PRIMARY KEY (run))")
             columns = ", ".join(f'"{name}"' for name in COLUMNS)
             connection.execute(f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY (run))")
+            columns = ", ".join(f'"{name}"' for name in JOB_COLUMNS)
+            connection.execute(f"CREATE TABLE IF NOT EXISTS jobs ({columns}, PRIMARY KEY (run))")
         except sqlite3.Error:
             connection.close()
             raise
@@ -212,6 +217,20 @@ class Ledger:
             for path in (tmp, tmp.with_name(f"{tmp.name}-journal")):
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
+
+    def write_jobs(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Put the states of jobs (JOB_COLUMNS) in place of those that were there; a ledger that cannot be written stays
+        as it is. Only a login node does this: SQLite on a shared disk is not for many nodes at once.
+        """
+        if not self.path.exists():  # a ledger that is there is taken to hold the results
+            with contextlib.suppress(RunFailure):
+                self.rebuild()
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._connect(self.path)) as connection:
+            connection.execute("BEGIN")
+            connection.execute("DELETE FROM jobs")
+            values = [[row[name] for name in JOB_COLUMNS] for row in rows]
+            connection.executemany(f"INSERT INTO jobs VALUES ({', '.join('?' * len(JOB_COLUMNS))})", values)
+            connection.execute("COMMIT")
 
     def rows(self, *, all_runs: bool = False) -> list[dict[str, Any]]:
         """Rows of `results`, sorted by arm, n, seed, tokens; without tuning and excluded runs unless `all_runs`."""

@@ -83,6 +83,18 @@ def fork_ready(root: Path, run: RunConfig) -> bool:
     return run.parent is None or fork_of(root, run).is_dir()
 
 
+def reopen(folder: Path, step: int) -> None:
+    """Send a finished trunk back to its last checkpoint before `step`, whose checkpoint is lost.
+
+    A kill anywhere in here is found by the next session: by a fork that is not there, or whose bytes do not check.
+    """
+    (folder / "DONE").unlink()
+    for path in (folder / "checkpoints").glob("step_*"):
+        number = path.name.removeprefix("step_")
+        if number.isdigit() and int(number) >= step:  # else the trunk would go on behind the fork
+            shutil.rmtree(path)
+
+
 @dataclass
 class Slot:
     """One worker process and the run it is at."""
@@ -223,10 +235,7 @@ class Pool:
             self.progress.started(name)
 
     def _reopen_trunks(self) -> None:
-        """A trunk that is DONE but lacks the fork of a waiting branch goes back to the checkpoint before that fork.
-
-        A kill anywhere in here is found by the next session: by a fork that is not there, or whose bytes do not check.
-        """
+        """A trunk that is DONE but lacks the fork of a waiting branch goes back to the checkpoint before that fork."""
         lost: dict[str, int] = {}
         for config in (self.configs[name] for name in self.waiting):
             trunk = config.parent
@@ -236,13 +245,8 @@ class Pool:
             if is_done(self.root / trunk) and not fork.is_dir() and fork not in self.reopened:
                 lost[trunk] = min(config.start_step, lost.get(trunk, config.start_step))
         for trunk, step in lost.items():
-            folder = self.root / trunk
-            (folder / "DONE").unlink()
-            for path in (folder / "checkpoints").glob("step_*"):
-                number = path.name.removeprefix("step_")
-                if number.isdigit() and int(number) >= step:  # else the trunk would go on behind the fork
-                    shutil.rmtree(path)
-            self.reopened.add(folder / "checkpoints" / f"step_{step}")
+            reopen(self.root / trunk, step)
+            self.reopened.add(self.root / trunk / "checkpoints" / f"step_{step}")
             self.waiting.appendleft(trunk)
             self.progress.reopened(
                 trunk,
