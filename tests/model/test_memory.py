@@ -13,7 +13,7 @@ from isofusion.data.stream import Stream  # noqa: E402
 from isofusion.model.count import batch_shape, count_parameters  # noqa: E402
 from isofusion.model.decoder import Decoder  # noqa: E402
 from isofusion.model.init import init_weights  # noqa: E402
-from isofusion.model.memory import memory_bytes  # noqa: E402
+from isofusion.model.memory import memory_bytes, per_rank  # noqa: E402
 from isofusion.train.memory import peak_bytes, resident_bytes  # noqa: E402
 from isofusion.train.optimizer import build_optimizer  # noqa: E402
 from isofusion.train.step import train_step  # noqa: E402
@@ -102,3 +102,16 @@ def test_parts_add_up_and_grow_as_they_should() -> None:
         assert totals[0] > totals[1] > totals[2]
     eager, compiled = (memory_bytes(cfg, 8192, "bf16", device="cuda", compiled=c)["total"] for c in (False, True))
     assert compiled < eager < memory_bytes(cfg, 8192, device="cuda", compiled=False)["total"]
+
+
+def test_a_rank_holds_its_share_and_what_it_gathers() -> None:
+    cfg = ModelConfig(width=2048, depth=24, head_dim=128)
+    one = memory_bytes(cfg, 8 * 1024, "bf16", device="cuda")
+    eight = per_rank(one, cfg, 8)
+    assert per_rank(one, cfg, 1) == one
+    for name in ("weights", "adam", "gradients"):
+        assert eight[name] == one[name] / 8
+    assert eight["activations"] == one["activations"]
+    ends = 2 * cfg.vocab_size * cfg.width
+    assert 8 * ends < eight["whole"] < 8 * (ends + count_parameters(cfg).n_total / 8)
+    assert eight["total"] < one["total"] - 0.5 * 16 * count_parameters(cfg).n_total

@@ -148,3 +148,20 @@ def memory_bytes(
     }
     parts["total"] = sum(parts.values())
     return parts
+
+
+def per_rank(parts: dict[str, float], cfg: ModelConfig, shards: int) -> dict[str, float]:
+    """`memory_bytes` of a rank that keeps 1 / shards of the weights, moments and gradients; `whole`: what it gathers.
+
+    Gathered are the embedding and the head from the forward to the backward pass, and two blocks at a time (the one
+    that runs and the next), with their gradients before these are summed. Not measured on GPUs.
+    """
+    if shards == 1:
+        return parts
+    n = count_parameters(cfg)
+    ends = 2 * cfg.vocab_size * cfg.width
+    block = (n.n_total - n.n_encoder - ends) / cfg.depth
+    out = {name: bytes_ / (shards if name in ("weights", "adam", "gradients") else 1) for name, bytes_ in parts.items()}
+    out["whole"] = 8.0 * (ends + 2 * block)
+    out["total"] = sum(value for name, value in out.items() if name != "total")
+    return out

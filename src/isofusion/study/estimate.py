@@ -291,7 +291,10 @@ def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _memory(run: RunConfig) -> float:
     """Bytes of one job: its worker and the model with its activations; "auto" is counted as fp32, the larger here."""
     from isofusion.model.memory import memory_bytes
+    from isofusion.study.gpu import HOST_BYTES, gpu_bytes
 
+    if gpu_bytes() is not None:  # the model is on the GPU, whose memory gpu_split shares out
+        return HOST_BYTES
     precision = "fp32" if run.train.precision == "auto" else run.train.precision
     return WORKER_BYTES + memory_bytes(run.model, run.train.rows_per_step * run.data.row_len, precision)["total"]
 

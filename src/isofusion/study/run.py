@@ -355,11 +355,17 @@ def prepare(spec: StudySpec) -> list[str]:
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("training needs torch: pip install 'isofusion[train]'")
+    from isofusion.data.generate import generate
     from isofusion.data.stream import Stream
+    from isofusion.study.gpu import gpu_bytes
 
     train = spec.arms[0].sizes[0].train
     streams = {split: Stream(spec.data, spec.seeds[0], split, train.rows_per_step) for split in ("train", "val")}
     streams["train"].near_duplicates()
+    if gpu_bytes() is not None:  # a GPU reads the world faster than one process draws it
+        longest = max(spec.runs(), key=lambda run: run.end_step * run.train.rows_per_step)
+        seeds = sorted({run.seed for run in spec.runs()})
+        generate(spec.data, seeds, longest.train.rows_per_step, longest.end_step, cores())
     notes = []
     for split, stream in streams.items():
         for index in (source.index for source in stream.sources if hasattr(source, "index")):

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from isofusion.errors import InputError
 from isofusion.study.estimate import data_is_here, estimate, installed, nominal_shape, step_flops
+from isofusion.study.gpu import gpu_bytes, gpu_split
 from isofusion.study.progress import duration
 from isofusion.study.run import TRAIN, cores, thread_budget
 from isofusion.study.spec import StudySpec
@@ -57,9 +58,12 @@ def choose_split(
 ) -> Split:
     """What was asked for, or the split with the least estimated wall time. Raises InputError as `thread_budget` does.
 
+    On a GPU its memory decides instead (study/gpu.py).
     Nothing is probed when either number is given, the data or torch is not here, the machine has one core, or every
     step of the study is below NARROW_STEP: then it is one thread for each run.
     """
+    if (free := gpu_bytes()) is not None:
+        return Split(*gpu_split(spec, free, cores(), jobs, threads))
     runs = spec.runs()
     widest = max(step_flops(run, nominal_shape(spec)) for run in runs)
     idle = jobs is not None or threads is not None or cores() == 1 or widest < NARROW_STEP

@@ -164,10 +164,23 @@ class _Run:
         self.step = 0
         self.tally = Tally()
         self.precision = choose_precision(config.train.precision, parallel.device)
-        self.micro_rows = machine.prepare(self.model, config, parallel.device, self.precision)
+        self.micro_rows = self._micro_rows(machine)
         self.speed = Speed(parallel.device, self.precision, threads)
         self._start(runs_root)
         self._describe()
+
+    def _micro_rows(self, machine: Machine) -> int | None:
+        """Rows of a micro-batch, of which every rank must make the same number: a sharded model runs on all at once."""
+        parallel, rows = self.parallel, self.config.train.rows_per_step
+        own = machine.prepare(self.model, self.config, parallel.device, self.precision, parallel.ranks, parallel.shards)
+        said = [n for n in parallel.exchange(own) if n is not None]  # free memory may differ
+        micro = min(said, default=None)
+        if micro is not None and rows % parallel.ranks and rows // parallel.ranks % micro == 0:
+            raise InputError(
+                f"{self.config.name}: {rows} rows a step (train.rows_per_step) on {parallel.ranks} ranks are uneven, "
+                f"and so would be their micro-batches of {micro} rows; start a number of ranks that divides {rows}"
+            )
+        return micro
 
     def _start(self, runs_root: Path) -> None:
         """Take up the newest whole checkpoint of this run, or the parent's fork, or start at step 0."""

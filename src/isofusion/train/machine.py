@@ -70,10 +70,13 @@ class Machine:
             return self.input_workers
         return 0 if device == "cpu" else max(1, min(8, threads - 1))
 
-    def prepare(self, model: Any, config: RunConfig, device: str, precision: str) -> int | None:
+    def prepare(
+        self, model: Any, config: RunConfig, device: str, precision: str, ranks: int = 1, shards: int = 1
+    ) -> int | None:
         """Make `model` ready for its device (compiled blocks, recomputed blocks); returns rows of a micro-batch.
 
-        None: the whole step at once. Raises InputError when one row does not fit the memory.
+        `ranks` share the rows of a step, `shards` of them the model. None: this rank's rows at once. Raises InputError
+        when one row does not fit the memory.
         """
         compiled = self.compile if self.compile is not None else device != "cpu"
         budget = self.memory
@@ -82,14 +85,15 @@ class Machine:
 
             budget = MARGIN * torch.cuda.mem_get_info()[0]
         rows, recompute = self.micro_rows, 0
+        mine = -(-config.train.rows_per_step // ranks)
         if budget is not None:
             rows, recompute = fit_memory(
-                config.model, config.train.rows_per_step, config.data.row_len, precision, device, budget, rows, compiled
+                config.model, mine, config.data.row_len, precision, device, budget, rows, compiled, shards
             )
         model.recompute = recompute
         if compiled:
             model.compile_blocks()
-        return rows if rows is not None and rows < config.train.rows_per_step else None
+        return rows if rows is not None and rows < mine else None
 
 
 def fit_memory(
@@ -101,18 +105,20 @@ def fit_memory(
     budget: float,
     micro_rows: int | None = None,
     compiled: bool | None = None,
+    shards: int = 1,
 ) -> tuple[int, int]:
     """(rows of a micro-batch, blocks to recompute) whose predicted peak is at most `budget` bytes, the cheapest first.
 
     Micro-batches cost a dense model nothing while they keep the device busy; experts pay a third of the FLOPs for the
     shares of the whole step, so they recompute first. `micro_rows` fixes the rows. Raises InputError when nothing fits.
     """
-    from isofusion.model.memory import memory_bytes
+    from isofusion.model.memory import memory_bytes, per_rank
 
     layers = cfg.depth + (cfg.encoder_layers if cfg.fusion == "late" else 0)
 
     def peak(r: int, k: int) -> float:
-        return memory_bytes(cfg, r * row_len, precision, device=device, recompute=k, compiled=compiled)["total"]
+        parts = memory_bytes(cfg, r * row_len, precision, device=device, recompute=k, compiled=compiled)
+        return per_rank(parts, cfg, shards)["total"]
 
     def least(r: int) -> int | None:
         """The fewest blocks to recompute with micro-batches of r rows."""

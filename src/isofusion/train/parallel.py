@@ -62,6 +62,11 @@ class Parallel:
         return self.ranks > 1
 
     @property
+    def shards(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.ranks // self.replicas
+
+    @property
     def part(self) -> tuple[int, int]:
         """What `Stream.batch` is asked for: (rank, ranks)."""
         return self.rank, self.ranks
