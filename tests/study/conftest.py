@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from isofusion.study import ledger
 from isofusion.study.spec import StudySpec
 
 TINY = """
@@ -80,3 +82,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> str:
     paths = [str(here.parents[1] / "src"), str(here), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     return "fake_train:train_run"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: str) -> Iterator[Any]:
+    """A SLURM on the PATH whose jobs can import the tests' fake training."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    from fake_slurm import Cluster
+
+    folder = tmp_path / "slurm"
+    made = Cluster(folder)
+    monkeypatch.setenv("PATH", f"{made.bin}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(folder))
+    monkeypatch.setattr(ledger, "_parameters", lambda model: dict.fromkeys(ledger.COUNTS, 1000))
+    yield made
+    made.close()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,31 +19,14 @@ from isofusion.cli.slurm import refuse_local
 from isofusion.errors import InputError
 from isofusion.study import jobs, ledger, slurm
 from isofusion.study.lock import write_lock
-from isofusion.study.slurm import Request, minutes
+from isofusion.study.slurm import Request
 from isofusion.study.spec import StudySpec
 
 pytest.importorskip("submitit", reason="--on slurm needs the [slurm] extra")
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_slurm import Cluster
-
-sys.path.pop(0)
-
 ASK = Request("cpu")
 SMALL = ("s32 = { width = 32 }\n", "")  # leaves two trunks with two branches each
 TRUNK, SHORT, LONG = "early-s16-s0-trunk", "early-s16-s0-d10", "early-s16-s0-d20"
 OTHER = ("late-s16-s0-trunk", "late-s16-s0-d10", "late-s16-s0-d20")
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: str) -> Iterator[Cluster]:
-    """A SLURM on the PATH whose jobs can import the tests' fake training."""
-    folder = tmp_path / "slurm"
-    made = Cluster(folder)
-    monkeypatch.setenv("PATH", f"{made.bin}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_SLURM", str(folder))
-    monkeypatch.setattr(ledger, "_parameters", lambda model: dict.fromkeys(ledger.COUNTS, 1000))
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -93,104 +77,7 @@ def call(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_times_and_sizes_as_sbatch_reads_them() -> None:
-    for text, expected in (("90", 90), ("90:30", 91), ("1:30:00", 90), ("1-12", 2160), ("1-12:30", 2190), ("0:1:1", 2)):
-        assert minutes(text) == expected
-    assert minutes("2-00:00:01") == 2881
-    assert [slurm.bytes_of(text) for text in ("500", "500M", "1.5G", "2gb")] == [500 * 2**20] * 2 + [1.5 * 2**30, 2**31]
-    for bad in ("", "soon", "1:2:3:4", "-5", "0", "0:59"):
-        with pytest.raises(InputError, match="--time"):
-            minutes(bad)
-    with pytest.raises(InputError, match="--mem 16X"):
-        slurm.bytes_of("16X")
-
-
-def test_requests_that_make_no_sense_are_refused() -> None:
-    for request, message in (
-        (Request("p", nodes=0), "--nodes 0: must be at least 1"),
-        (Request("p", array_limit=0), "--array-limit 0"),
-        (Request("p", cpus_per_task=2, time="1", grace=60), "--grace 60 s leaves nothing of --time 1"),
-        (Request("p", cpus_per_task=1), "--cpus-per-task 1 is less than the 2 threads"),
-        (Request("p", cpus_per_task=2, sbatch=("array=0-3",)), "isofusion sets array itself"),
-        (Request("p", cpus_per_task=2, sbatch=("--exclude=n7",)), "write a long option of sbatch as KEY=VALUE"),
-    ):
-        with pytest.raises(InputError, match=message):
-            request.check(2)
-    Request("p", cpus_per_task=2, sbatch=("exclude=n[7-9]", "exclusive")).check(2)
-
-
-def test_dry_run_prints_the_scripts_without_slurm(tmp_path: Path, toml: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    before = set(tmp_path.rglob("*"))
-    options = ["--time", "1-0", "--gpus", 4, "--nodes", 2, "--cpus-per-task", 8, "--mem", "64G", "--array-limit", 2]
-    options += ["--account", "ours", "--setup", "module load cuda", "--sbatch", "exclude=n7", "--sbatch", "exclusive"]
-    assert call("study", "run", toml, "--on", "slurm", "--partition", "gpu", "--dry-run", *options) == 0
-    assert set(tmp_path.rglob("*")) == before
-    found = capsys.readouterr().out
-    titles = [line for line in found.splitlines() if line.startswith("# ----")]
-    assert titles[0] == "# ---- 1 of 5: trunks: early-s32-s0-trunk, late-s16-s0-trunk, early-s16-s0-trunk"
-    assert titles[1] == "# ---- 2 of 5: branches of early-s32-s0-trunk: early-s32-s0-d20, early-s32-s0-d10"
-    assert titles[4] == "# ---- 5 of 5: the report"
-    scripts = found.split("# ----")[1:]
-    for script in scripts:
-        text = "#!" + script.partition("#!")[2]
-        assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
-        for line in ("partition=gpu", "account=ours", "exclude=n7", "exclusive", "requeue", "kill-on-invalid-dep=yes"):
-            assert f"\n#SBATCH --{line}\n" in text
-        assert text.index("module load cuda") < text.index("srun")
-    asked = ("time=1440", "nodes=2", "gpus-per-node=4", "ntasks-per-node=4", "cpus-per-task=8", "mem=64G")
-    for line in (*asked, "array=0-2%2", "signal=USR2@120"):
-        assert f"\n#SBATCH --{line}\n" in scripts[0]
-    assert "--dependency" not in scripts[0]
-    for number in (1, 2, 3):
-        assert f"\n#SBATCH --dependency=afterok:TRUNKS_{number - 1}\n" in scripts[number]
-        assert "\n#SBATCH --array=0-1%2\n" in scripts[number]
-        assert "srun --unbuffered" in scripts[number]
-        assert "--cpus-per-task=8 --kill-on-bad-exit=1" in scripts[number]
-        assert "export OMP_NUM_THREADS=8\n" in scripts[number]
-    assert "\n#SBATCH --dependency=afterany:JOB1:JOB2:JOB3:JOB4\n" in scripts[4]
-    assert "gpus" not in scripts[4]
-
-
-def test_what_is_missing_is_one_message_and_exit_code_2(
-    tmp_path: Path, toml: Path, cluster: Cluster, monkeypatch, capsys
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("isofusion.study.run.prepare", lambda spec: [])
-
-    def says(message: str, *words: object) -> None:
-        assert call("study", "run", toml, *words) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        assert message in error
-
-    says("--mem is for --on slurm", "--mem", "4G")
-    says("--on slurm needs --partition NAME", "--on", "slurm")
-    on = ("--on", "slurm", "--partition")
-    says("--jobs is for this machine", *on, "cpu", "--jobs", 2)
-    says("a job gets 0.0 GB; raise --mem", *on, "cpu", "--mem", "20M")
-    with monkeypatch.context() as patch:
-        patch.setenv("PATH", "/usr/bin:/bin")
-        says("sbatch is not on the PATH: run this on a login node", *on, "cpu")
-    with monkeypatch.context() as patch:
-        patch.setattr("importlib.util.find_spec", lambda name: None)
-        says("--on slurm needs the package submitit: pip install 'isofusion[slurm]'", *on, "cpu", "--dry-run")
-    assert not Path("runs").exists()  # nothing so far has locked the study
-    says("invalid partition specified: nope", *on, "nope")
-    says("(asked for 'nope'; `sinfo -s` lists the partitions)", *on, "nope")
-    assert not list(Path("runs/tiny/slurm").iterdir())
-    assert cluster.states() == {}
-    monkeypatch.setenv("FAKE_SLURM_MOST", "1")
-    go_on = f"study run {toml} --out runs/tiny --on slurm --mem 4G --partition cpu --setup 'module load x' --resume\n"
-    says(
-        f"3 runs are submitted and stay so; mend this and go on with: isofusion {go_on}",
-        *(*on, "cpu", "--mem", "4G", "--setup", "module load x"),
-    )
-
-
-def test_a_study_runs_to_done_in_order_of_its_dependencies(spec: StudySpec, tmp_path: Path, cluster: Cluster) -> None:
+def test_a_study_runs_to_done_in_order_of_its_dependencies(spec: StudySpec, tmp_path: Path, cluster: Any) -> None:
     out = tmp_path / "out"
     request = Request("cpu", array_limit=1)
     printed = [text for _, _, text in slurm.scripts(spec, out, request, 1, report=False)]
@@ -226,7 +113,7 @@ def test_a_study_runs_to_done_in_order_of_its_dependencies(spec: StudySpec, tmp_
 
 
 @pytest.mark.parametrize("how", ["with grace", "without grace", "time limit", "cancelled"])
-def test_a_run_that_is_stopped_goes_on(one: StudySpec, tmp_path: Path, cluster: Cluster, monkeypatch, how: str) -> None:
+def test_a_run_that_is_stopped_goes_on(one: StudySpec, tmp_path: Path, cluster: Any, monkeypatch, how: str) -> None:
     out = tmp_path / "out"
     monkeypatch.setenv("FAKE_STEP", "0.05")
     submit(one, out)
@@ -269,7 +156,7 @@ def test_a_run_that_is_stopped_goes_on(one: StudySpec, tmp_path: Path, cluster: 
 
 
 def test_a_failed_trunk_blocks_its_branches_and_resume_submits_what_is_left(
-    spec: StudySpec, tmp_path: Path, cluster: Cluster, monkeypatch, capsys
+    spec: StudySpec, tmp_path: Path, cluster: Any, monkeypatch, capsys
 ) -> None:
     out = tmp_path / "out"
     monkeypatch.setenv("FAKE_FAIL", TRUNK)
@@ -313,7 +200,7 @@ def test_a_failed_trunk_blocks_its_branches_and_resume_submits_what_is_left(
     assert [run for run, state in shown(out, spec).items() if state == "pending"] == [TRUNK, SHORT, LONG, *OTHER[1:]]
 
 
-def test_a_lost_fork_is_trained_again(one: StudySpec, tmp_path: Path, cluster: Cluster, monkeypatch) -> None:
+def test_a_lost_fork_is_trained_again(one: StudySpec, tmp_path: Path, cluster: Any, monkeypatch) -> None:
     out = tmp_path / "out"
     monkeypatch.setenv("FAKE_ROT", TRUNK)
     submit(one, out)
@@ -329,9 +216,7 @@ def test_a_lost_fork_is_trained_again(one: StudySpec, tmp_path: Path, cluster: C
     assert shown(out, one) == dict.fromkeys((TRUNK, LONG, SHORT), "pending")
 
 
-def test_a_refusal_half_way_keeps_what_is_submitted(
-    spec: StudySpec, tmp_path: Path, cluster: Cluster, monkeypatch
-) -> None:
+def test_a_refusal_half_way_keeps_what_is_submitted(spec: StudySpec, tmp_path: Path, cluster: Any, monkeypatch) -> None:
     out = tmp_path / "out"
     monkeypatch.setenv("FAKE_SLURM_MOST", "2")
     with pytest.raises(
@@ -348,7 +233,7 @@ def test_a_refusal_half_way_keeps_what_is_submitted(
         refuse_local(out, {})
 
 
-def test_a_node_without_the_lock_says_so(spec: StudySpec, tmp_path: Path, cluster: Cluster) -> None:
+def test_a_node_without_the_lock_says_so(spec: StudySpec, tmp_path: Path, cluster: Any) -> None:
     out = tmp_path / "out"
     submit(spec, out)
     (out / "study.lock").rename(out / "elsewhere")
@@ -363,7 +248,7 @@ def test_a_node_without_the_lock_says_so(spec: StudySpec, tmp_path: Path, cluste
 
 
 @pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: StudySpec, cluster: Cluster) -> Iterator[slurm.RunJob]:
+def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: StudySpec, cluster: Any) -> Iterator[slurm.RunJob]:
     """A run's job in this process."""
     for name in slurm.THREAD_VARIABLES:
         monkeypatch.setenv(name, "1")
@@ -418,7 +303,7 @@ def whole_lines(path: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_real_study_is_preempted_and_ends_in_the_same_bits(
-    one: StudySpec, tmp_path: Path, cluster: Cluster, monkeypatch
+    one: StudySpec, tmp_path: Path, cluster: Any, monkeypatch
 ) -> None:
     """Trained by the local pool and on SLURM, where the trunk and a branch lose their nodes: equal; with a report."""
     torch = pytest.importorskip("torch", reason="training needs the [train] extra")
@@ -474,7 +359,7 @@ def test_a_real_study_is_preempted_and_ends_in_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_of_two_processes(one: StudySpec, tmp_path: Path, cluster: Cluster, monkeypatch) -> None:
+def test_a_run_of_two_processes(one: StudySpec, tmp_path: Path, cluster: Any, monkeypatch) -> None:
     """Two nodes of one process each: stopped, requeued, done; a process that is killed fails the job with a message."""
     pytest.importorskip("torch", reason="training needs the [train] extra")
     pytest.importorskip("isofusion.train.launch", reason="this version trains a run on one process only")
@@ -499,9 +384,3 @@ def test_a_run_of_two_processes(one: StudySpec, tmp_path: Path, cluster: Cluster
     slurm.submit(one, out, request, 1, resume=True, report=False)
     cluster.run()
     assert set(shown(out, one).values()) == {"done"}
-
-
-def test_sacct_lines() -> None:
-    assert jobs._each("12") == ["12"]
-    assert jobs._each("12_3") == ["12_3"]
-    assert jobs._each("12_[0-2,7%3]") == ["12_0", "12_1", "12_2", "12_7"]
