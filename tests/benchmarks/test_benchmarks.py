@@ -96,7 +96,7 @@ def test_peers_verdict_needs_both_targets_in_every_mode(benchmark: ModuleType) -
     good = [row("isofusion", "eager", 1.4, 0.6), row("a", "eager", 1.0, 0.4, 1.4), row("b", "eager", 0.5, 0.4, 2.8)]
     judged = benchmark.verdict({"rows": good})
     assert judged["met"]
-    assert judged["by_mode"]["eager"] == {"best_peer": "a", "ratio": 1.4}
+    assert judged["by_mode"]["eager"] == {"best_peer": "a", "ratio": 1.4, "share_needed": pytest.approx(0.52)}
     slow = [*good, row("isofusion", "compiled", 1.5, 0.6), row("a", "compiled", 1.4, 0.5, 1.07)]
     assert not benchmark.verdict({"rows": slow})["met"]
     assert not benchmark.verdict({"rows": [row("isofusion", "eager", 1.4, 0.4), *good[1:]]})["met"]
