@@ -169,6 +169,7 @@ class Cluster:
 
     def __init__(self, folder: Path, slots: int = 2) -> None:
         self.folder, self.slots = folder, slots
+        self.timeout = 100.0  # seconds that `run` may take
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
         for name in COMMANDS:
@@ -187,9 +188,9 @@ class Cluster:
             found: dict[str, Any] = tree["jobs"][base]
             return found
 
-    def run(self, until: Callable[[], bool] | None = None, timeout: float = 100) -> None:
+    def run(self, until: Callable[[], bool] | None = None) -> None:
         """Schedule until `until()` holds, or until nothing runs and nothing could."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + self.timeout
         while until is None or not until():
             assert time.monotonic() < end, f"the cluster did not come to an end: {self.states()}"
             if not self._step() and not self.running:

@@ -307,11 +307,12 @@ def test_a_real_study_is_preempted_and_ends_in_the_same_bits(
 ) -> None:
     """Trained by the local pool and on SLURM, where the trunk and a branch lose their nodes: equal; with a report."""
     torch = pytest.importorskip("torch", reason="training needs the [train] extra")
+    cluster.timeout = 800
     from isofusion.train.checkpoint import load_tensors, newest_checkpoint
 
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
     toml = tmp_path / "changed.toml"
-    toml.write_text(toml.read_text().replace("budgets = [2560, 5120]", "budgets = [2560, 40960]"))
+    toml.write_text(toml.read_text().replace("budgets = [2560, 5120]", "budgets = [2560, 81920]"))
     there, here = tmp_path / "there", tmp_path / "here"
 
     def study(*words: object) -> subprocess.CompletedProcess:
@@ -323,7 +324,7 @@ def test_a_real_study_is_preempted_and_ends_in_the_same_bits(
     sent = study("run", toml, "--out", there, *on)
     assert sent.returncode == 0, sent.stderr
     assert "3 runs submitted, 0 were queued already, 0 of 3 are done" in sent.stdout
-    long = TRUNK.replace("trunk", "d160")
+    long = TRUNK.replace("trunk", "d320")
 
     def lines(run: str) -> int:
         path = there / "runs" / run / "metrics.jsonl"
@@ -363,6 +364,7 @@ def test_a_run_of_two_processes(one: StudySpec, tmp_path: Path, cluster: Any, mo
     """Two nodes of one process each: stopped, requeued, done; a process that is killed fails the job with a message."""
     pytest.importorskip("torch", reason="training needs the [train] extra")
     pytest.importorskip("isofusion.train.launch", reason="this version trains a run on one process only")
+    cluster.timeout = 800
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
     request = Request("cpu", nodes=2)
