@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from isofusion.config import RunConfig
 from isofusion.errors import InputError, RunFailure
+from isofusion.train.machine import Machine
 
 Result = TypeVar("Result")
 TIMEOUT_S = 600.0
@@ -176,10 +177,11 @@ ONE = Parallel()
 def connected(device: str = "auto", replicas: int = 1, timeout_s: float = TIMEOUT_S) -> Iterator[Parallel]:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or stand alone without them.
 
-    `device`: auto (a GPU where there is one), cpu or cuda; `replicas`: copies of the sharded model. Raises InputError.
+    `device`: cpu, cuda, or auto: what ISOFUSION_DEVICE says, else a GPU where there is one. `replicas`: copies of the
+    sharded model. Raises InputError.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    place = _device(Machine.here().device if device == "auto" else device, int(os.environ.get("LOCAL_RANK", "0")))
     if replicas < 1 or ranks % replicas:
         raise InputError(f"--replicas {replicas} does not divide the {ranks} ranks; choose a divisor of {ranks}")
     if ranks == 1:
