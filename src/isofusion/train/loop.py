@@ -164,7 +164,7 @@ class _Run:
         self.step = 0
         self.tally = Tally()
         self.precision = choose_precision(config.train.precision, parallel.device)
-        self.micro_rows = machine.prepare(self.model, config, parallel.device, self.precision)
+        self.micro_rows = machine.prepare(self.model, config, parallel.device, self.precision, parallel.ranks)
         self.speed = Speed(parallel.device, self.precision, threads)
         self._start(runs_root)
         self._describe()

@@ -70,11 +70,15 @@ class Machine:
             return self.input_workers
         return 0 if device == "cpu" else max(1, min(8, threads - 1))
 
-    def prepare(self, model: Any, config: RunConfig, device: str, precision: str) -> int | None:
+    def prepare(self, model: Any, config: RunConfig, device: str, precision: str, ranks: int = 1) -> int | None:
         """Make `model` ready for its device (compiled blocks, recomputed blocks); returns rows of a micro-batch.
 
-        None: the whole step at once. Raises InputError when one row does not fit the memory.
+        None: the whole step at once. Raises InputError when one row does not fit the memory. A model sharded over
+        `ranks` is left as it is: its hooks would break a compiled block, its ranks must run the same number of
+        micro-batches, and what it needs is not predicted yet.
         """
+        if ranks > 1:
+            return None
         compiled = self.compile if self.compile is not None else device != "cpu"
         budget = self.memory
         if budget is None and device != "cpu":
