@@ -141,6 +141,7 @@ def test_the_command_prints_numbers_without_torch_and_refuses_nonsense() -> None
         ({"width": 50, "head_dim": 32}, "width 50 is not a multiple"),
         ({"tokens": -1.0}, "must be positive"),
         ({"image_share": 2.0}, "between 0 and 1"),
+        ({"device": "tpu"}, "choose cpu or cuda"),
     ],
 )
 def test_bad_arguments_get_one_clear_message(arguments: dict, message: str) -> None:

@@ -67,3 +67,19 @@ def test_the_gpu_study_is_a_ladder_of_three_arms(spec: StudySpec) -> None:
     heads = {size.model.head_dim for arm in spec.arms for size in arm.sizes}
     assert min(heads) >= 16  # FlexAttention's kernels take no smaller heads
     assert all(size.model.width % 8 == 0 for arm in spec.arms for size in arm.sizes)  # grouped products in bf16
+
+
+def test_a_gpu_study_is_prepared_before_its_runs_start(spec: StudySpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the longest run, and the card's own rate, both while nothing else runs."""
+    pytest.importorskip("torch", reason="training needs the [train] extra")
+    from isofusion.study import run as pool
+
+    calls: list[tuple] = []
+    monkeypatch.setattr("isofusion.study.gpu.gpu_bytes", lambda: 140e9)
+    monkeypatch.setattr("isofusion.study.gpu.measure_peak", lambda: calls.append(("peak",)))
+    monkeypatch.setattr("isofusion.data.generate.generate", lambda *arguments: calls.append(arguments))
+    pool.prepare(spec)
+    (data, seeds, rows, steps, processes), last = calls
+    assert (data, seeds, rows, processes) == (spec.data, [0], 32, pool.cores())
+    assert steps == 33554432 // (32 * 256)
+    assert last == ("peak",)

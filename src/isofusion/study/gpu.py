@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def gpu_bytes() -> float | None:
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     try:
-        found = subprocess.run([*command, *(["--id", visible] if visible else [])], capture_output=True, text=True)
+        found = subprocess.run(
+            [*command, *(["--id", visible] if visible else [])], capture_output=True, text=True, check=False
+        )
         return float(found.stdout.split()[0]) * 2**20
     except (OSError, IndexError, ValueError):
         return None
@@ -73,3 +76,11 @@ def gpu_split(spec: StudySpec, free: float, available: int, jobs: int | None, th
     os.environ.setdefault("ISOFUSION_MEMORY_GB", f"{max(0.1, budget / jobs - CONTEXT_BYTES) / 1e9:.2f}")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, available // jobs)))
     return jobs, threads
+
+
+def measure_peak() -> None:
+    """Let a process of its own measure the card's products while nothing else runs: beside the study's runs the rate
+    would be too low, and every MFU too high. It stays in the cache (train/speed.py); a failure is left to the runs.
+    """
+    code = "from isofusion.train.speed import measured_peak; [measured_peak('cuda', p, 1) for p in ('bf16', 'fp32')]"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)

@@ -357,7 +357,7 @@ def prepare(spec: StudySpec) -> list[str]:
         raise InputError("training needs torch: pip install 'isofusion[train]'")
     from isofusion.data.generate import generate
     from isofusion.data.stream import Stream
-    from isofusion.study.gpu import gpu_bytes
+    from isofusion.study.gpu import gpu_bytes, measure_peak
 
     train = spec.arms[0].sizes[0].train
     streams = {split: Stream(spec.data, spec.seeds[0], split, train.rows_per_step) for split in ("train", "val")}
@@ -366,6 +366,7 @@ def prepare(spec: StudySpec) -> list[str]:
         longest = max(spec.runs(), key=lambda run: run.end_step * run.train.rows_per_step)
         seeds = sorted({run.seed for run in spec.runs()})
         generate(spec.data, seeds, longest.train.rows_per_step, longest.end_step, cores())
+        measure_peak()
     notes = []
     for split, stream in streams.items():
         for index in (source.index for source in stream.sources if hasattr(source, "index")):
