@@ -187,3 +187,15 @@ def test_needs_no_torch() -> None:
         done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert path.is_file()
+
+
+def test_seeds_of_a_candidate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    grid = ["--n-grid", "20M,200M", "--d-grid", "400M,4B"]
+    assert call(*grid, *GOAL, "--budget", "1e19", "--seeds", 3, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["candidates"] == 12
+    assert any("seed" in run["name"] for run in result["runs"])
+    places = [(run["n"], run["d"]) for run in result["runs"]]
+    assert len(set(places)) < len(places)
+    assert call(*grid, *GOAL, "--budget", "1e19", "--seeds", 2, "--emit", tmp_path / "x.toml", "--template", MINI) == 2
+    assert "--seeds goes without --emit" in capsys.readouterr().err

@@ -13,8 +13,9 @@ import pytest
 from isofusion.errors import InputError
 from isofusion.laws.candidates import Candidates, Prices, Target, place
 from isofusion.laws.design import Points, Spread, believe, calibrate, members, scale_of, slopes, to_params
+from isofusion.laws.fit import fit_law
 from isofusion.laws.forms import Params
-from isofusion.laws.suggest import STRATEGIES, Strategy, campaign, suggest
+from isofusion.laws.suggest import STRATEGIES, Strategy, campaign, exchange, greedy, suggest
 from isofusion.laws.table import Runs
 
 SIZES, TOKENS = np.geomspace(2e7, 2e9, 5), np.geomspace(4e8, 4e10, 4)
@@ -263,3 +264,84 @@ def test_small_contest(bench: ModuleType) -> None:
     assert whole["ratio"] == 1.0
     for name, other in table.items():
         assert mine["expected"] < other["expected"], name
+
+
+def test_a_run_can_be_taken_out_again(truth: Params, pool: Candidates) -> None:
+    """`forget` undoes `learn`, `gains` and `losses` foretell them, whatever the misfit and the trunks."""
+    done, every = points(SIZES[:3], TOKENS[:3], ["a", "a", "b"]), points(pool.n, pool.d, ["a", "b"] * 10)
+    scale = scale_of(every)
+    phi = phi_of(truth, scale)
+    belief = believe(phi, done, every, (GOAL.n, GOAL.d), GOAL.weights, scale, Spread(0.01, 0.004, 0.02))
+    start, gain = belief.variances()[0], belief.gains()[0]
+    belief.learn(7)
+    assert start - belief.variances()[0] == pytest.approx(gain[7], rel=1e-6)
+    loss = belief.losses()[0]
+    assert loss[7] == pytest.approx(gain[7], rel=1e-6)
+    first = len(pool)  # the done runs follow the candidates
+    belief.forget(first + 1)
+    belief.forget(7)
+    rest = done.select([0, 2])
+    short = believe(phi, rest, every, (GOAL.n, GOAL.d), GOAL.weights, scale, Spread(0.01, 0.004, 0.02))
+    assert belief.variances()[0] == pytest.approx(short.variances()[0], rel=1e-6)
+
+
+def test_exchanges_better_a_plan_within_its_budget(truth: Params) -> None:
+    runs = Candidates.grid(SIZES, TOKENS, shared=True)
+    none, at = place(None, runs)
+    scale = scale_of(at)
+    belief = believe(phi_of(truth, scale), none, at, (GOAL.n, GOAL.d), GOAL.weights, scale, Spread(0.002, 0.001, 0.0))
+    prices, free = Prices.of(runs.cost, at, none, True), np.ones(len(runs), dtype=bool)
+    budget = 0.15 * prices.total(range(len(runs)))
+    picks, after, _ = greedy(belief, prices, budget, free, 1.0)
+    better, then = exchange(after, prices, budget, free, picks)
+    assert prices.total(better) <= budget * (1 + 1e-6)
+    assert len(set(better)) == len(better)
+    assert then.spread() < 0.99 * after.spread()
+    for i in better:
+        belief.learn(i)
+    assert belief.spread() == pytest.approx(then.spread(), rel=1e-6)
+
+
+def test_runs_that_bend_the_fit_are_left_out(truth: Params) -> None:
+    """On a p-norm law the far corners bend the plain sum: without the runs named the fit is right further out."""
+    runs = Candidates.grid(SIZES, TOKENS)
+
+    def law(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+        a, b = float(truth.A) / n ** float(truth.alpha), float(truth.B) / d ** float(truth.beta)
+        return float(truth.E) + (a**1.4 + b**1.4) ** (1 / 1.4)
+
+    noise = np.exp(0.001 * np.random.default_rng(2).standard_normal(len(runs)))
+    done = Runs.of(runs.n, runs.d, law(runs.n, runs.d) * noise)
+    plan = suggest(done, Candidates.of([4e9], [8e10]), GOAL, 1e25)
+    assert plan.leave_out
+    assert plan.without < plan.before
+    kept = np.setdiff1d(np.arange(len(done)), plan.leave_out)
+
+    def wrong(rows: np.ndarray) -> float:
+        fit = fit_law(done.select(rows))
+        return float(np.abs(np.log(fit.predict(GOAL.n, GOAL.d) / law(GOAL.n, GOAL.d))).mean())
+
+    assert wrong(kept) < 0.7 * wrong(np.arange(len(done)))
+
+
+def test_repeats_are_seeds_of_their_own() -> None:
+    runs = Candidates.grid([1e8, 1e9], [1e9, 8e9], seeds=2, shared=True)
+    assert len(runs) == 8
+    assert runs.seed.tolist() == [0] * 4 + [1] * 4
+    assert runs.name[4].endswith("seed 1")
+    none, new = place(None, runs)
+    prices = Prices.of(runs.cost, new, none, True)
+    assert len(set(new.trunk)) == 4
+    assert prices.total(range(8)) == pytest.approx(2 * prices.total(range(4)))
+    done = Runs.of([1e8, 1e8, 1e8], [1e9, 8e9, 1e9], [3.0, 2.5, 3.1], group=["a", "a", "b"])
+    left = runs.not_in(done)  # trunk a has both budgets, trunk b the short one: its long branch is left
+    assert sorted(zip(left.n.tolist(), left.d.tolist(), left.seed.tolist(), strict=True)) == [
+        (1e8, 8e9, 1),
+        *((1e9, d, s) for d in (1e9, 8e9) for s in (0, 1)),
+    ]
+    alone = Candidates.of([1e8], [1e9], seeds=3)
+    assert alone.not_in(done).seed.tolist() == [2]
+    with pytest.raises(InputError, match="fewer seeds"):
+        Candidates.grid(np.geomspace(1e7, 1e9, 20), np.geomspace(1e8, 1e10, 20), seeds=2)
+    with pytest.raises(InputError, match="at least 1"):
+        Candidates.of([1e8], [1e9], seeds=0)

@@ -48,6 +48,9 @@ def command(
     trunk: Annotated[
         bool, typer.Option("--trunk", help="Equal sizes branch from one trunk, so that budgets share 0.8 of the cost.")
     ] = False,
+    seeds: Annotated[
+        int, typer.Option("--seeds", help="How often each candidate can be trained, with another seed each time.")
+    ] = 1,
     noise: Annotated[
         float | None, typer.Option("--noise", help="Relative spread of equal runs, if known; else estimated.")
     ] = None,
@@ -77,7 +80,9 @@ def command(
     runs, notes = table.read(file) if file is not None else (None, [])
     if file is None:
         _no_table(table, needs_arm=emit is not None)
-    pool, more = _pool(candidates, n_grid, d_grid, trunk, runs)
+    if seeds > 1 and emit is not None:
+        raise InputError("--seeds goes without --emit: a study has its seeds for every size; set [study] seeds in it")
+    pool, more = _pool(candidates, n_grid, d_grid, {"shared": trunk, "seeds": seeds}, runs)
     goal = _target(target, target_compute, want)
     notes = [*notes, *more, *_reach(goal, pool, runs)]
     options: dict[str, Any] = {"most": most, "wanted": error, "least": min_gain, "noise": noise, "seed": random_seed}
@@ -93,6 +98,9 @@ def command(
     written = _write(emit, template, table.arm, chosen) if emit is not None and template is not None else []
     result = chosen.to_dict() | {"target": want if target_compute else "loss"}
     result["notes"] = notes
+    result["leave_out"] = (
+        [] if runs is None else [{"n": float(runs.n[i]), "d": float(runs.d[i])} for i in chosen.leave_out]
+    )
     if compare:
         result["compared"] = [
             {"strategy": s.strategy, "after": s.after, "spent": s.spent, "runs": len(s.picks)} for s in others
@@ -141,7 +149,7 @@ def _grid(flag: str, text: str) -> list[float]:
 
 
 def _pool(
-    file: Path | None, n_grid: str | None, d_grid: str | None, trunk: bool, runs: Runs | None
+    file: Path | None, n_grid: str | None, d_grid: str | None, options: dict[str, Any], runs: Runs | None
 ) -> tuple[Candidates, list[str]]:
     """The candidates that are not done yet, and notes."""
     from isofusion.errors import InputError
@@ -152,13 +160,13 @@ def _pool(
         raise InputError(
             "no candidates: give --candidates FILE.csv, or --n-grid and --d-grid" + " (not both)" * (file is not None)
         )
-    per_token = Cost.of(runs) if runs is not None else None
+    options = options | {"per_token": Cost.of(runs) if runs is not None else None}
     if file is not None:
-        pool = Candidates.from_csv(file, shared=trunk, per_token=per_token)
+        pool = Candidates.from_csv(file, **options)
     elif n_grid is None or d_grid is None:
         raise InputError("no candidates: --n-grid and --d-grid belong together")
     else:
-        pool = Candidates.grid(_grid("--n-grid", n_grid), _grid("--d-grid", d_grid), shared=trunk, per_token=per_token)
+        pool = Candidates.grid(_grid("--n-grid", n_grid), _grid("--d-grid", d_grid), **options)
     left = pool if runs is None else pool.not_in(runs)
     if not len(left):
         raise InputError(f"no candidates: all {len(pool)} are done already; give larger, longer or finer ones")
@@ -245,6 +253,12 @@ def _lines(result: dict[str, Any]) -> list[str]:
     )
     if len(picks) > 3:
         out.append("Run the first few, add their losses and ask again: later choices depend on what they show.")
+    if result["leave_out"]:
+        where = ", ".join(f"N {r['n']:.4g} D {r['d']:.4g}" for r in result["leave_out"])
+        out.append(
+            f"leave out of the fit: {where}: expected error now {_percent(result['before'])} -> "
+            f"{_percent(result['without'])}, since the law is not quite true there and that bends it at the target"
+        )
     for other in result.get("compared", []):
         out.append(
             f"{other['strategy']}: {other['runs']} runs for {other['spent']:.3g} FLOPs, expected error "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from isofusion.errors import InputError
 from isofusion.laws.cost import Cost
@@ -23,8 +24,9 @@ from isofusion.laws.frontier import closed_form
 from isofusion.laws.table import SAME, Array, Labels, Runs, clusters
 from isofusion.laws.tables.cells import parse, resolve
 
-MOST = 600  # candidates: the covariances are quadratic in them
+MOST = 600  # candidates: their covariance is quadratic in them
 LISTED = 5
+Seeds = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -58,22 +60,42 @@ class Prices:
         reach = np.array([self.longest.get(t, 0.0) for t in self.points.trunk.tolist()])
         return self.full * (1.0 - self.share * np.minimum(1.0, reach / self.points.d))
 
+    def after(self, picks: Sequence[int]) -> Prices:
+        """Prices once these are paid for."""
+        out = self.copy()
+        for i in picks:
+            trunk = str(self.points.trunk[i])
+            out.longest[trunk] = max(float(self.points.d[i]), out.longest.get(trunk, 0.0))
+        return out
+
+    def total(self, picks: Sequence[int]) -> float:
+        """FLOPs of all of these, paid for from the cheapest on."""
+        if not self.shared:
+            return float(self.full[list(picks)].sum())
+        prices = self.copy()
+        return sum(prices.take(i) for i in sorted(picks, key=lambda i: float(self.full[i])))
+
     def take(self, candidate: int) -> float:
         """Pay for a candidate; later ones of its trunk get cheaper."""
-        price = float(self.now()[candidate])
-        trunk = str(self.points.trunk[candidate])
+        trunk, price = str(self.points.trunk[candidate]), float(self.full[candidate])
+        if self.shared:
+            price *= 1.0 - self.share * min(1.0, self.longest.get(trunk, 0.0) / float(self.points.d[candidate]))
         self.longest[trunk] = max(float(self.points.d[candidate]), self.longest.get(trunk, 0.0))
         return price
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Runs that could be trained: n, d, full cost [c] and names; `shared`: equal sizes branch from one trunk."""
+    """Runs that could be trained: n, d, full cost [c] and names; `shared`: equal sizes branch from one trunk.
+
+    seed: 0, 1, ... tell repeats of one (n, d) apart, each with luck (and, shared, with a trunk) of its own.
+    """
 
     n: Array
     d: Array
     cost: Array
     name: Labels
+    seed: Seeds
     shared: bool = False
 
     @classmethod
@@ -84,11 +106,15 @@ class Candidates:
         cost: Sequence[float] | Array | None = None,
         *,
         name: Sequence[str] | None = None,
+        seeds: int = 1,
         shared: bool = False,
         per_token: Cost | None = None,
         where: str = "candidates",
     ) -> Candidates:
-        """Check and build. Without `cost`: FLOPs by `per_token` (default 6 N D). Raises InputError naming bad rows."""
+        """Check and build. Without `cost`: FLOPs by `per_token` (default 6 N D). seeds: each can be trained so often.
+
+        Raises InputError naming bad rows.
+        """
         n_, d_ = (np.asarray(v, dtype=np.float64).ravel() for v in (n, d))
         if not len(n_):
             raise InputError(
@@ -96,8 +122,12 @@ class Candidates:
             )
         if len(n_) != len(d_):
             raise InputError(f"{where}: {len(n_)} values of n and {len(d_)} of d; they must be equal")
-        if len(n_) > MOST:
-            raise InputError(f"{where}: {len(n_)} candidates, at most {MOST} are compared; use coarser grids")
+        if seeds < 1:
+            raise InputError(f"{where}: {seeds} seeds: give how often each candidate can be trained, at least 1")
+        if len(n_) * seeds > MOST:
+            raise InputError(
+                f"{where}: {len(n_) * seeds} candidates, at most {MOST} are compared; use coarser grids or fewer seeds"
+            )
         if cost is None:
             safe = np.where(np.isfinite(n_) & (n_ > 0), n_, 1.0)
             c_ = (per_token or Cost.six_nd()).per_token(safe) * d_
@@ -109,7 +139,10 @@ class Candidates:
                 listed = ", ".join(f"row {i + 1}: {column[i]:g}" for i in bad[:LISTED])
                 raise InputError(f"{where}: {what} must be {len(n_)} positive finite numbers ({listed}); mend them")
         names = [f"N {a:.4g}, D {b:.4g}" for a, b in zip(n_, d_, strict=True)] if name is None else list(name)
-        return cls(n_, d_, c_, np.asarray(names, dtype=np.str_), shared)
+        seed = np.repeat(np.arange(seeds), len(n_))
+        names = [f"{a}, seed {s}" if s else a for a, s in zip(names * seeds, seed.tolist(), strict=True)]
+        n_, d_, c_ = (np.tile(column, seeds) for column in (n_, d_, c_))
+        return cls(n_, d_, c_, np.asarray(names, dtype=np.str_), seed, shared)
 
     @classmethod
     def grid(cls, n: Sequence[float] | Array, d: Sequence[float] | Array, **options: Any) -> Candidates:
@@ -163,19 +196,30 @@ class Candidates:
         return len(self.n)
 
     def select(self, rows: Any) -> Candidates:
-        return replace(self, n=self.n[rows], d=self.d[rows], cost=self.cost[rows], name=self.name[rows])
+        some = {k: getattr(self, k)[rows] for k in ("n", "d", "cost", "name", "seed")}
+        return replace(self, **some)
 
     def not_in(self, runs: Runs) -> Candidates:
-        """Those not done yet: no run within 5 % in both N and D."""
+        """Those not done yet. Done is what has a run within 5 % in both N and D; of k repeats, the first so many.
+
+        Shared: a repeat is done where its own trunk (`place`) has such a branch.
+        """
 
         def near(a: Array, b: Array) -> np.ndarray:
             return np.asarray(np.abs(np.log(a[:, None] / b[None])) < np.log(SAME))
 
-        return self.select(~(near(self.n, runs.n) & near(self.d, runs.d)).any(axis=1))
+        same = near(self.n, runs.n) & near(self.d, runs.d)
+        if self.shared and self.seed.any():
+            done, new = place(runs, self)
+            return self.select(~(same & (new.trunk[:, None] == done.trunk[None])).any(axis=1))
+        return self.select(self.seed >= same.sum(axis=1))
 
 
 def place(runs: Runs | None, candidates: Candidates) -> tuple[Points, Points]:
-    """Done runs and candidates as points with trunks. Shared: a candidate joins the longest done trunk of its size."""
+    """Done runs and candidates as points with trunks.
+
+    Shared: a candidate joins the longest done trunk of its size, its repeats the next longest ones, then new ones.
+    """
     none = np.zeros(0)
     done = Points(none, none, none.astype(np.str_)) if runs is None else Points(runs.n, runs.d, runs.group)
     if not candidates.shared:
@@ -183,9 +227,10 @@ def place(runs: Runs | None, candidates: Candidates) -> tuple[Points, Points]:
     size = clusters(np.concatenate([done.n, candidates.n]))
     old, new = size[: len(done)], size[len(done) :]
     trunk = []
-    for s in new.tolist():
+    for s, seed in zip(new.tolist(), candidates.seed.tolist(), strict=True):
         rows = np.flatnonzero(old == s)
-        trunk.append(str(done.trunk[rows[np.argmax(done.d[rows])]]) if len(rows) else f"new size {s}")
+        longest = list(dict.fromkeys(done.trunk[rows[np.argsort(-done.d[rows], kind="stable")]].tolist()))
+        trunk.append(longest[seed] if seed < len(longest) else f"new size {s}, seed {seed}")
     return done, Points(candidates.n, candidates.d, np.array(trunk))
 
 

@@ -4,7 +4,8 @@ The law is uncertain in two ways. Its five parameters: a wide Gaussian prior (or
 leave) is carried to log losses by the law's Jacobian (`objective.jacobian`). And its shape: a smooth Gaussian process
 of relative size `misfit` on top of it, without which a design would put every run at the few points that the formula
 calls informative and believe the formula for the rest. Runs add noise, shared by branches of a trunk. All of it is
-Gaussian in log loss, so what a run would teach does not depend on its result: choosing it is a rank-one update.
+Gaussian in log loss, so what a run would teach does not depend on its result: choosing it, or leaving it out of
+the fit, is a rank-one update.
 
 The Jacobian depends on the law, and far from the optimum the linearisation says little. So everything is averaged
 over `members`: laws drawn by randomised maximum a posteriori (each member fits noise-perturbed losses with its own
@@ -12,15 +13,16 @@ draw from the prior as the centre of the penalty; without runs the members *are*
 law is linear). That is pseudo-Bayesian design (Chaloner & Verdinelli 1995), sequential over a pool with costs as in Li
 et al. arXiv 2604.22753, who average over local optima of the fit instead.
 Coordinates phi = (log E, log A', log alpha', log B', log beta'): `forms.Scale`'s theta with logarithms of exponents.
-Legend: M members, r done runs, c candidates, t targets, p = c + t points, 5 parameters.
+Legend: M members, r done runs, c candidates, p = c + r rows, t targets, 5 parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from isofusion.laws.forms import Form, Params, Scale
 from isofusion.laws.objective import Problem, jacobian
@@ -32,6 +34,7 @@ PRIOR_MEAN = np.array([-0.35, -1.6, np.log(0.35), -1.6, np.log(0.35)])  # of phi
 PRIOR_SPREAD = np.array([0.5, 1.0, 0.5, 1.0, 0.5])
 REACH = np.log(10.0)  # the misfit's correlation length: one decade of N or of D
 Gradient = Callable[[Array], Array]
+Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -152,57 +155,101 @@ def _levenberg(
 
 @dataclass
 class Belief:
-    """How wrong the fit will be: `error` [M, p, p] is the covariance of (fitted - true) log loss over candidates and
-    targets, `model` [M, p, p] the covariance that a least-squares fit of the law itself believes in.
+    """How wrong the fit will be at the targets, as runs are added to it (`learn`) or taken away (`forget`).
 
-    The fit (`fit_law`) weighs runs alike and knows neither trunk luck nor misfit, so what it makes of a run is the
-    gain by `model`, and what comes of it is `error` under that gain (Joseph's form of the Kalman update, which holds
-    for any gain; with no trunk luck and no misfit both are the usual posterior). A run can make the fit worse: bias
-    from a model that is not quite true (Box & Draper 1959).
+    The fit (`fit_law`) weighs runs alike and knows neither trunk luck nor misfit: with residuals r (misfit, luck,
+    noise) it ends at phi_hat - phi = inv(info) b, where info = prior^-1 + w sum_i J_i J_i' and b = w sum_i J_i r_i +
+    prior^-1 (m - phi). So five numbers carry all that was learnt, and what is kept is their covariance with each other
+    (`moment`), with the residuals of the rows (`with_run`) and with the misfit at the targets (`with_goal`). With no
+    trunk luck and no misfit this is the usual posterior. A run can make the fit worse: bias from a model that is not
+    quite true (Box & Draper 1959). Runs enter b and info as sums, so that one can be taken out again exactly.
     """
 
-    error: Array
-    model: Array
-    noise: float  # variance that a further run adds to its point
-    fit_noise: float  # variance of a run as the fit sees it
-    candidates: int
+    info: Array  # [M, 5, 5]
+    moment: Array  # [M, 5, 5] covariance of b
+    with_run: Array  # [M, 5, p] covariance of b with r
+    with_goal: Array  # [M, 5, t] covariance of b with the misfit of the targets
+    slope: Array  # [M, 5, p]
+    at_goal: Array  # [M, 5, t]
+    between: Array  # [p, p] covariance of r
+    to_goal: Array  # [M or 1, p, t] covariance of r with the misfit of the targets
+    goal_variance: float  # of the misfit of the targets
+    weight: float  # of a run in the fit
     weights: Array  # [t], sum 1
 
     def copy(self) -> Belief:
-        return Belief(self.error.copy(), self.model.copy(), self.noise, self.fit_noise, self.candidates, self.weights)
+        return replace(
+            self,
+            info=self.info.copy(),
+            moment=self.moment.copy(),
+            with_run=self.with_run.copy(),
+            with_goal=self.with_goal.copy(),
+        )
 
     def variances(self) -> Array:
         """Weighted squared target error that each member expects, [M]."""
-        own = np.diagonal(self.error, axis1=1, axis2=2)[:, self.candidates :]
-        return np.maximum(own, 0.0) @ self.weights
+        gain = np.linalg.solve(self.info, self.at_goal)
+        own = np.sum(gain * (np.matmul(self.moment, gain) - 2.0 * self.with_goal), axis=1)
+        return np.maximum(own + self.goal_variance, 0.0) @ self.weights
 
     def spread(self) -> float:
         """Expected error (root mean square, relative) over targets and members."""
         return float(np.sqrt(np.mean(self.variances())))
 
     def gains(self) -> Array:
-        """By how much a run at each candidate is expected to reduce the squared target error, [M, c]; may be < 0."""
-        c = self.candidates
-        gain = self.model[:, c:, :c] / (self.own(self.model)[:, None] + self.fit_noise)
-        after = gain * (self.own(self.error)[:, None] + self.noise)
-        return np.einsum("t,mtc->mc", self.weights, gain * (2.0 * self.error[:, c:, :c] - after))
+        """By how much a run at each row is expected to reduce the squared target error, [M, p]; may be < 0."""
+        return self._change(1.0)
+
+    def losses(self) -> Array:
+        """By how much the squared target error is expected to grow without each row, [M, p], if it was learnt."""
+        return -self._change(-1.0)
+
+    def _change(self, sign: float) -> Array:
+        """Fall of the squared target error if a run at each row enters (1) or leaves (-1) the fit: Sherman-Morrison."""
+        inverse = np.linalg.inv(self.info)
+        aim = self.at_goal * self.weights  # [M, 5, t]
+        square = np.matmul(aim, np.swapaxes(self.at_goal, 1, 2))  # sum_t J_t J_t'
+        cross = np.matmul(aim, np.swapaxes(self.with_goal, 1, 2))
+        slope, cov = self.slope, self.with_run
+        u = np.matmul(inverse, slope)  # [M, 5, p], as everything below that is not summed over axis 1
+        h = np.sum(slope * u, axis=1)
+        squared = np.matmul(square, u)
+        v = np.matmul(inverse, squared)
+        own = np.diagonal(self.between)
+        w = sign * self.weight
+        shrink = w / (1.0 + w * h)
+        size = np.sum(u * squared, axis=1)  # u' square u
+        cov_u, cov_v = np.sum(cov * u, axis=1), np.sum(cov * v, axis=1)
+        moved = np.matmul(self.moment, u) + w * (slope * cov_u[:, None] + cov * h[:, None])
+        moved += (w * w * own * h)[:, None] * slope  # moment after the run, times u
+        quadratic = w * w * own * size + 2.0 * w * cov_v
+        quadratic += shrink * (shrink * size * np.sum(u * moved, axis=1) - 2.0 * np.sum(v * moved, axis=1))
+        reach = np.sum(np.matmul(aim, np.swapaxes(self.to_goal, 1, 2)) * u, axis=1)
+        linear = w * reach * (1.0 - shrink * h) - shrink * np.sum(u * np.matmul(cross, u), axis=1)
+        return 2.0 * linear - quadratic
 
     def information(self) -> Array:
-        """Gain in log determinant of the fit's information (D-optimality), [M, c]."""
-        return np.log1p(np.maximum(self.own(self.model), 0.0) / self.fit_noise)
+        """Gain in log determinant of the fit's information (D-optimality), [M, p]."""
+        return np.log1p(self.weight * np.sum(self.slope * np.linalg.solve(self.info, self.slope), axis=1))
 
-    def own(self, cov: Array) -> Array:
-        return np.diagonal(cov, axis1=1, axis2=2)[:, : self.candidates]
+    def learn(self, row: int) -> None:
+        """Go on as if a run at this row were done and fitted."""
+        self._enter(np.array([row]), 1.0)
 
-    def learn(self, candidate: int) -> None:
-        """Go on as if a run at this candidate were done and fitted."""
-        column = self.model[:, :, candidate]
-        gain = column / (column[:, candidate] + self.fit_noise)[:, None]
-        self.model -= gain[:, :, None] * column[:, None, :]
-        row = self.error[:, candidate, :].copy()
-        at = row[:, candidate] + self.noise
-        half = gain * at[:, None] * 0.5 - row
-        self.error += gain[:, :, None] * half[:, None, :] + half[:, :, None] * gain[:, None, :]
+    def forget(self, row: int) -> None:
+        """Go on as if that run, learnt before, were not in the fit."""
+        self._enter(np.array([row]), -1.0)
+
+    def _enter(self, rows: Index, sign: float) -> None:
+        """These rows enter (1) or leave (-1) the fit, all at once."""
+        slope, w = self.slope[:, :, rows], sign * self.weight
+        turned = np.swapaxes(slope, 1, 2)
+        both = np.matmul(self.with_run[:, :, rows], turned)
+        self.info += w * np.matmul(slope, turned)
+        self.moment += w * (both + np.swapaxes(both, 1, 2))
+        self.moment += w * w * np.matmul(np.matmul(slope, self.between[np.ix_(rows, rows)]), turned)
+        self.with_run += w * np.matmul(slope, self.between[rows])
+        self.with_goal += w * np.matmul(slope, self.to_goal[:, rows])
 
 
 def believe(
@@ -216,44 +263,45 @@ def believe(
     *,
     gradient: Gradient | None = None,
 ) -> Belief:
-    """The belief at the members phi [M, 5] after the done runs.
+    """The belief at the members phi [M, 5] after the done runs. Its rows are the candidates, then the done runs.
 
     target: (n, d), each [t] or [M, t] (a compute-optimal point differs between members). gradient: phi [M, 5] ->
     [M, 5, t] where the target is another quantity than the log loss, such as log N*; the misfit is then left out of it.
     """
-    count, r, c = len(phi), len(done), len(candidates)
-    runs = Points.join(done, candidates)
-    n_t, d_t = (np.broadcast_to(v, (count, v.shape[-1])) for v in target)
-    at_target = (
-        np.concatenate([slopes(phi[m : m + 1], n_t[m], d_t[m], scale) for m in range(count)])
-        if gradient is None
-        else gradient(phi)
+    count = len(phi)
+    runs = Points.join(candidates, done)
+    x, y = np.log(runs.n), np.log(runs.d)
+    slope = slopes(phi, runs.n, runs.d, scale)
+    between = spread.trunk**2 * (runs.trunk[:, None] == runs.trunk[None]) + (spread.branch**2 + 1e-12) * np.eye(len(x))
+    between += spread.misfit**2 * smooth(x, y, x, y)
+    if gradient is None:
+        n_t, d_t = (np.broadcast_to(v, (count, v.shape[-1])) for v in target)
+        at_goal = np.concatenate([slopes(phi[m : m + 1], n_t[m], d_t[m], scale) for m in range(count)])
+        to_goal = spread.misfit**2 * smooth(x, y, np.log(target[0]), np.log(target[1]))
+    else:
+        at_goal = gradient(phi)
+        to_goal = np.zeros((len(x), at_goal.shape[-1]))
+    prior_info = np.broadcast_to(np.diag(PRIOR_SPREAD**-2.0), (count, 5, 5))
+    belief = Belief(
+        prior_info.copy(),
+        prior_info.copy(),
+        np.zeros_like(slope),
+        np.zeros_like(at_goal),
+        slope,
+        at_goal,
+        between,
+        to_goal if to_goal.ndim == 3 else to_goal[None],
+        spread.misfit**2 if gradient is None else 0.0,
+        1.0 / (spread.run**2 + spread.misfit**2 + 1e-12),
+        weights,
     )
-    slope = np.concatenate([slopes(phi, runs.n, runs.d, scale), at_target], axis=2)
-    model = np.matmul(np.swapaxes(slope * PRIOR_SPREAD[:, None] ** 2, 1, 2), slope)
-    error = model.copy()
-    if spread.misfit > 0:
-        x = np.concatenate([np.broadcast_to(np.log(runs.n), (count, r + c)), np.log(n_t)], axis=1)
-        y = np.concatenate([np.broadcast_to(np.log(runs.d), (count, r + c)), np.log(d_t)], axis=1)
-        kernel = smooth(x, y)
-        if gradient is not None:
-            kernel[:, r + c :], kernel[:, :, r + c :] = 0.0, 0.0
-        error += spread.misfit**2 * kernel
-    error[:, : r + c, : r + c] += spread.trunk**2 * (runs.trunk[:, None] == runs.trunk[None])
-    fit_noise = spread.run**2 + spread.misfit**2 + 1e-12
-    noise = spread.branch**2 + 1e-12
-    if r:  # all done runs at once: the same as learning them one after the other
-        seen = np.linalg.solve(model[:, :r, :r] + fit_noise * np.eye(r), model[:, :r, r:])  # [M, r, p]: gains, turned
-        gain = np.swapaxes(seen, 1, 2)
-        half = np.matmul(gain, 0.5 * np.matmul(error[:, :r, :r] + noise * np.eye(r), seen) - error[:, :r, r:])
-        model = model[:, r:, r:] - np.matmul(gain, model[:, :r, r:])
-        error = error[:, r:, r:] + half + np.swapaxes(half, 1, 2)
-    return Belief(error, model, noise, fit_noise, c, weights)
+    belief._enter(np.arange(len(candidates), len(runs)), 1.0)
+    return belief
 
 
-def smooth(x: Array, y: Array) -> Array:
-    """Correlation of the misfit between points at log N = x, log D = y, both [..., k]: [..., k, k]."""
-    apart = (x[..., :, None] - x[..., None, :]) ** 2 + (y[..., :, None] - y[..., None, :]) ** 2
+def smooth(x: Array, y: Array, to_x: Array, to_y: Array) -> Array:
+    """Correlation of the misfit between log N = x, log D = y [k] and to_x, to_y [..., l]: [..., k, l]."""
+    apart = (x[:, None] - to_x[..., None, :]) ** 2 + (y[:, None] - to_y[..., None, :]) ** 2
     return np.exp(-0.5 * apart / REACH**2)
 
 
@@ -272,7 +320,8 @@ def calibrate(runs: Points, log_loss: Array, scale: Scale, spread: Spread, *, no
     mean, deviation = prior(float(np.mean(log_loss)), scale)
     rest = log_loss - np.log(to_params(best, scale).predict(runs.n, runs.d)) - (mean - best) @ slope
     wide = (slope.T * deviation**2) @ slope
-    kernel = smooth(np.log(runs.n), np.log(runs.d))
+    x, y = np.log(runs.n), np.log(runs.d)
+    kernel = smooth(x, y, x, y)
     same = (runs.trunk[:, None] == runs.trunk[None]).astype(np.float64)
     a, b = (
         v.ravel()

@@ -2,8 +2,9 @@
 
 `suggest` plans a set of runs by expected reduction of the squared error of the fit in the target region (`design`),
 averaged over plausible laws, with the cost entering as gain / cost^q. No single q suits every budget (q = 1 never buys
-the expensive run that the target needs, a small q buys one and little else), so it plans once for each and keeps the
-plan that ends best. Cheap runs of the plan come first: run a few, then ask again with their losses: `campaign`.
+the expensive run that the target needs, a small q buys one and little else), so it plans once for each, keeps the plan
+that ends best and betters it by exchanges. Cheap runs of the plan come first: run a few, then ask again with their
+losses: `campaign`. With the losses it also says which done runs the fit is better without (`leave_out`).
 The baselines are there to be compared with: random, cheapest, and D- and V-optimal designs at the single best fit with
 independent noise, as in Li et al. arXiv 2604.22753 (who divide by cost^0.4 and cost^0.3 and begin with the cheapest
 runs). Units: FLOPs; errors are relative (log loss).
@@ -22,7 +23,7 @@ from isofusion.errors import InputError
 from isofusion.laws.candidates import Candidates, Prices, Target, place
 from isofusion.laws.design import MEMBERS, Belief, Points, Spread, believe, calibrate, members, scale_of
 from isofusion.laws.forms import Scale
-from isofusion.laws.table import Array, Runs
+from isofusion.laws.table import Array, Runs, clusters
 
 Strategy = Literal["suggest", "random", "cheapest", "d-optimal", "v-optimal"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -30,9 +31,15 @@ POWERS = (1.0, 0.7, 0.4, 0.2)  # q of gain / cost^q; the plan that ends best is 
 LOCAL_POWER = {"d-optimal": 0.4, "v-optimal": 0.3}
 PILOT = 12  # cheapest runs that the local designs begin with (2.5 per parameter)
 BATCH = 3  # runs between refits of a campaign
-SHARE = 0.2  # and of the remaining budget, for `suggest`
+SHARE = 0.2  # of the remaining budget that `suggest` spends before it plans anew
+PILOT_SHARE = 0.03  # and before it has as many runs as a pilot: little, since nothing is known yet
 ALONE = Spread(0.0, 0.003, 0.008)  # guesses before any run; `calibrate` moves them by factors
 GROUPED = Spread(0.002, 0.001, 0.008)
+KEPT_RUNS, KEPT_LEVELS = 8, 4  # runs, and sizes and token budgets, that the fit keeps whatever leaves it
+LEAST_OUT = 1e-3  # relative fall of the squared error that leaving a run out must bring
+WORTH_SAYING = 0.05  # and of the error that leaving them all out must bring before a user is told
+SWEEPS = 3  # of exchanges over a plan
+LEAST = 1e-4  # relative fall of the squared error that an exchange must bring
 FREE = 1e-9  # relative tolerance on the budget
 
 
@@ -65,6 +72,8 @@ class Suggestion:
     spread: Spread
     done: int
     candidates: int
+    leave_out: tuple[int, ...]  # done runs without which the fit is expected to be better
+    without: float  # the error `before`, if those are left out
     notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +82,8 @@ class Suggestion:
             "noise": {"trunk": self.spread.trunk, "branch": self.spread.branch, "misfit": self.spread.misfit},
             "done": self.done,
             "candidates": self.candidates,
+            "leave_out": list(self.leave_out),
+            "without": self.without,
             "notes": list(self.notes),
             "runs": [dict(p.__dict__) for p in self.picks],
         }
@@ -133,7 +144,7 @@ def greedy(
         can = free & (price <= left + FREE * whole)
         if not can.any():
             return picks, belief, "no candidate is left that the rest of the budget pays for"
-        gain = belief.gains().mean(axis=0) if by == "target" else belief.information().mean(axis=0)
+        gain = (belief.gains() if by == "target" else belief.information()).mean(axis=0)[: len(free)]
         # a squared error that falls by the share g falls by g / 2 itself
         share = gain / max(float(belief.variances().mean()), 1e-300) / 2.0
         worth = can & (gain > 0)
@@ -146,6 +157,63 @@ def greedy(
         free[pick] = False
         left -= prices.take(pick)
         picks.append(pick)
+
+
+def leave_out(belief: Belief, done: Points) -> list[int]:
+    """Done runs that the fit is better without: their misfit bends it more than their number steadies it.
+
+    One after the other while the expected squared error falls; enough stay for a fit. They are forgotten in `belief`
+    (whose last rows they are). Returns their indices in `done`, ascending.
+    """
+    first = belief.slope.shape[2] - len(done)
+    sizes, budgets = clusters(done.n), clusters(done.d)
+    kept = np.arange(len(done))
+    while len(kept) > KEPT_RUNS:
+        loss = belief.losses().mean(axis=0)[first:]
+        i = int(kept[np.argmin(loss[kept])])
+        rest = kept[kept != i]
+        if loss[i] > -LEAST_OUT * float(belief.variances().mean()):
+            break
+        if min(len(np.unique(sizes[rest])), len(np.unique(budgets[rest]))) < KEPT_LEVELS:
+            break
+        belief.forget(first + i)
+        kept = rest
+    return sorted(set(range(len(done))) - set(kept.tolist()))
+
+
+def exchange(
+    belief: Belief, prices: Prices, budget: float, free: np.ndarray, picks: list[int], *, sweeps: int = SWEEPS
+) -> tuple[list[int], Belief]:
+    """Better plans by swaps (Fedorov 1972): each run leaves for whatever the money then buys best, or for nothing.
+
+    Greedy choices are made one at a time; runs that were worth their price early may not be once others are there. The
+    plan stays within the budget and never gets worse nor longer. Returns (picks, belief after them).
+    """
+    belief, picks = belief.copy(), list(picks)
+    for _ in range(sweeps):
+        changed = False
+        loss = belief.losses().mean(axis=0)
+        for i in sorted(picks, key=loss.__getitem__):
+            before = float(belief.variances().mean())
+            rest = [j for j in picks if j != i]
+            belief.forget(i)
+            now = prices.after(rest)
+            can = free & (now.now() <= budget - prices.total(rest) + FREE * budget)
+            can[rest] = False
+            gain = np.where(can, belief.gains().mean(axis=0)[: len(free)], -np.inf)
+            j = int(np.argmax(gain))
+            after = float(belief.variances().mean()) - max(0.0, float(gain[j]))
+            if after >= before * (1.0 - LEAST):
+                belief.learn(i)
+                continue
+            changed = True
+            picks = rest
+            if gain[j] > 0:
+                belief.learn(j)
+                picks.append(j)
+        if not changed:
+            break
+    return picks, belief
 
 
 def choose(
@@ -169,7 +237,9 @@ def choose(
         if reached:
             picks, _, why = min(reached, key=lambda p: _total(prices, p[0]))
         else:
-            picks, _, why = min(plans, key=lambda p: p[1].spread())
+            picks, after, why = min(plans, key=lambda p: p[1].spread())
+            if not least:
+                picks, after = exchange(after, prices, budget, free, picks)
         return sorted(picks, key=lambda i: float(prices.full[i])), why
     pilot = max(0, PILOT - len(state.done)) if strategy in LOCAL_POWER else 0
     if strategy in LOCAL_POWER and not pilot:
@@ -272,7 +342,11 @@ def suggest(
     free = np.ones(len(candidates), dtype=bool)
     order, why = choose(strategy, state, prices, budget, free, most=most, wanted=wanted, least=least, seed=seed)
     belief = state.belief(seed=seed)
+    fitted = belief.copy()
+    out = tuple(leave_out(fitted, state.done))
     before = last = belief.spread()
+    if fitted.spread() > (1.0 - WORTH_SAYING) * before:
+        out, fitted = (), belief.copy()
     picks, spent = [], 0.0
     for i in order:
         reason = _why(state, candidates, order[: order.index(i)], i)
@@ -284,7 +358,18 @@ def suggest(
         picks.append(Pick(i, str(candidates.name[i]), n, d, price, spent, error, cut, reason))
         last = error
     return Suggestion(
-        strategy, tuple(picks), before, last, budget, spent, why, state.spread, len(state.done), len(candidates)
+        strategy,
+        tuple(picks),
+        before,
+        last,
+        budget,
+        spent,
+        why,
+        state.spread,
+        len(state.done),
+        len(candidates),
+        out,
+        fitted.spread(),
     )
 
 
@@ -316,6 +401,7 @@ class Campaign:
     log_loss: Array
     spent: float
     rounds: int
+    kept: tuple[int, ...]  # those that the fit should use
 
 
 def campaign(
@@ -330,8 +416,9 @@ def campaign(
 ) -> Campaign:
     """Choose, run, refit, choose again, from nothing until nothing more pays: observe(i) trains candidate i, its loss.
 
-    `suggest` runs the cheapest of its plan, at most a fifth of what is left but at least three runs, then plans anew;
-    the local designs take three runs at a time; random and cheapest do not look at losses.
+    `suggest` runs the cheapest of its plan, at least three, for at most a fifth of what is left (3 % of the whole up to
+    the twelfth run), then plans anew, and says in the end which runs to fit. The local designs take three runs at a
+    time; random and cheapest do not look at losses.
     """
     _, pool = place(None, candidates)
     prices = Prices.of(candidates.cost, pool, pool.select([]), candidates.shared)
@@ -347,10 +434,12 @@ def campaign(
         few = BATCH if strategy in LOCAL_POWER and len(chosen) >= PILOT else None
         plan, _ = choose(strategy, state, prices, left, free, most=few, seed=seed)
         if not plan:
-            return Campaign(tuple(chosen), seen, budget - left, rounds)
+            out = leave_out(state.belief(seed=seed), done)
+            kept = tuple(i for k, i in enumerate(chosen) if k not in set(out))
+            return Campaign(tuple(chosen), seen, budget - left, rounds, kept)
         rounds += 1
         last = strategy != "suggest" or left < 0.1 * budget
-        goal = left * (1.0 - SHARE)
+        goal = left - (SHARE * left if len(chosen) >= PILOT else PILOT_SHARE * budget)
         for k, i in enumerate(plan):
             if not last and k >= BATCH and left - float(prices.now()[i]) < goal:
                 break

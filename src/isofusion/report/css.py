@@ -28,13 +28,18 @@ figure .narrow{display:none}
 .panels.p3{grid-template-columns:repeat(3,1fr)}
 .panels.p4{grid-template-columns:repeat(4,1fr)}
 figcaption{font-size:.93rem;line-height:1.45;color:var(--ink);max-width:48rem;margin-top:.4rem}
-.scroll{overflow-x:auto;margin:.5rem 0 .8rem}
+.scroll{overflow-x:auto;margin:.5rem 0 .8rem;background:
+linear-gradient(90deg,var(--paper) 40%,transparent) left/30px 100% no-repeat local,
+linear-gradient(270deg,var(--paper) 40%,transparent) right/30px 100% no-repeat local,
+linear-gradient(90deg,rgba(0,0,0,.18),transparent) left/11px 100% no-repeat scroll,
+linear-gradient(270deg,rgba(0,0,0,.18),transparent) right/11px 100% no-repeat scroll}
 table{border-collapse:collapse;font:13.5px/1.4 Arial,"Liberation Sans",Helvetica,sans-serif;
 font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;border-bottom:1.5px solid var(--ink);vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td.l,th.l{text-align:left}
+td.note{white-space:normal;min-width:11rem;text-align:left}
 td .iv{color:var(--muted);font-size:.92em}
 .dot{display:inline-block;width:.68em;height:.68em;border-radius:50%;margin-right:.4em}
 .warn li b{font-family:Arial,"Liberation Sans",Helvetica,sans-serif;font-size:.82rem}
@@ -46,7 +51,7 @@ dd{margin:0;overflow-wrap:anywhere}
 sup{font-size:.72em;line-height:0}
 code,pre{font:13px/1.45 "DejaVu Sans Mono",Menlo,Consolas,monospace}
 pre{background:var(--tint);padding:.7rem .8rem;overflow-x:auto}
-footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
+footer{margin-top:3rem;color:var(--muted);font-size:.85rem;overflow-wrap:anywhere}
 @media(max-width:760px){
 body{font-size:16px}main{padding:1.2rem .9rem 3rem}
 .top{grid-template-columns:1fr}
@@ -55,6 +60,7 @@ figure .wide{display:none}figure .narrow{display:block}
 .panels.p4{grid-template-columns:1fr 1fr;gap:.4rem .5rem}
 figure svg{margin:0 auto}
 dl{grid-template-columns:1fr;gap:0}dt{margin-top:.5rem}
+th{white-space:normal}th,td{padding:.28rem .4rem}td .iv{display:block}
 }
 @media print{body{font-size:10.5pt}main{max-width:none;padding:0}figure,table{break-inside:avoid}details{display:none}}
 """

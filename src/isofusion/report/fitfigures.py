@@ -32,6 +32,7 @@ BLUE, ORANGE, GREY, PURPLE = "#0072B2", "#D55E00", "#9aa0a6", "#7b3294"
 SHADES = ["#9ecae1", "#4292c6", "#2171b5", "#08519c", "#08224f"]
 CURVES = 8  # law curves drawn at most: one per size would hide the points
 BUDGETS = 9
+NAMED = 5  # sizes or budgets that a legend names one by one; of more it shows round values
 CLOUD = 300  # bootstrap draws drawn
 POINTS = 700  # runs drawn at most
 NAMES = {"alpha": "α", "beta": "β", "E": "E, nats/token", "N*": "N*, parameters"}
@@ -59,14 +60,17 @@ def _width(layout: Layout, panels: int, margin: int = 66) -> tuple[int, int]:
 def _shade(values: Any, title: str, layout: Layout, count: int = 5) -> alt.Color:
     """Light to dark over the logarithm of a quantity, with a bar as legend."""
     low, high = float(np.min(values)), float(np.max(values))
+    of = clusters(np.asarray(values, dtype=np.float64))
+    each = [float(np.exp(np.log(np.asarray(values)[of == k]).mean())) for k in range(int(of.max()) + 1)]
     legend = alt.Legend(
         orient="top", direction="horizontal", title=title, gradientLength=190, gradientThickness=8, labelExpr=_LABEL,
-        titleOrient="left" if layout.name == "wide" else "top", tickCount=count, values=_ticks(low, high),
+        titleOrient="left" if layout.name == "wide" else "top", tickCount=count,
+        values=each if len(each) <= NAMED else _ticks(low, high),
     )  # fmt: skip
     return alt.Color("shade:Q", scale=alt.Scale(type="log", domain=[low, high], range=SHADES), legend=legend)
 
 
-_LABEL = f"datum.value < 1e15 ? replace(format(datum.value, '~s'), 'G', 'B') : {style._power_label()}"
+_LABEL = f"datum.value < 1e15 ? replace(format(datum.value, '.3~s'), 'G', 'B') : {style._power_label()}"
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -238,12 +242,17 @@ def _minima(a: Analysis, found: IsoFlops, width: int) -> Chart | None:
     return layered(*layers, width=width, height=260, title="best size per budget")
 
 
+def residual_reach(r: Any) -> float:
+    """Where the axis of residuals ends; those beyond are drawn as crosses at its edge."""
+    return max(6.0 * 1.4826 * float(np.median(np.abs(r))), float(np.quantile(np.abs(r), 0.95)) * 1.3, 1e-8)
+
+
 def residuals(a: Analysis, layout: Layout) -> Chart | None:
     """Observed over predicted less one, in per cent, against N and against D; the band is twice the typical one."""
     columns, width = _width(layout, 2)
     r = 100.0 * np.expm1(a.fit.residuals)
     band = 2.0 * 1.4826 * float(np.median(np.abs(r)))
-    shown = max(3.0 * band, float(np.quantile(np.abs(r), 0.95)) * 1.3, 1e-6)
+    shown = residual_reach(r)
     pick = _some(len(r), POINTS)
     panels = []
     for seen, title in ((a.runs.n, "against parameters N"), (a.runs.d, "against tokens D")):

@@ -24,7 +24,7 @@ from isofusion.laws.rollout import Rollout
 from isofusion.laws.sensitivity import Choice, Sensitivity
 from isofusion.report import render
 from isofusion.report.css import CSS
-from isofusion.report.fitfigures import CLOUD, FIGURES
+from isofusion.report.fitfigures import CLOUD, FIGURES, residual_reach
 from isofusion.report.fittables import answers, capital, choices, every_run, law, method, pretty, short, tests
 from isofusion.report.panels import Grid
 from isofusion.report.style import NARROW, WIDE, WRAPPED, themed
@@ -272,11 +272,12 @@ def residuals_caption(a: Analysis) -> str:
         x, y = np.argsort(np.argsort(values)), np.argsort(np.argsort(r))
         parts.append(f"{fixed(float(np.corrcoef(x, y)[0, 1]), 2, sign=True)} with {name}")
     band = 2 * 1.4826 * float(np.median(np.abs(r)))
-    out = int(np.sum(np.abs(r) > band))
+    out, relative = int(np.sum(np.abs(r) > band)), np.abs(np.expm1(r))
+    beyond = bool(np.any(relative > residual_reach(relative)))
     return (
         f"Band: twice the typical residual, ±{percent(band)}; {out} of {len(r)} runs lie outside it (5 % would if "
         f"residuals were normal). Rank correlation of the residuals: {' and '.join(parts)}. A trend or a bend here is "
-        "structure the law does not describe. Orange crosses lie beyond the axis."
+        f"structure the law does not describe.{' Orange crosses lie beyond the axis.' if beyond else ''}"
     )
 
 

@@ -42,9 +42,9 @@ def law(a: Analysis) -> str:
     rows = []
     for name, shown in (("E", "E, nats/token"), ("A", "A"), ("alpha", "α"), ("B", "B"), ("beta", "β")):
         p = a.profiles.get(name)
-        beside = interval([p.low, p.high], how=short) if isinstance(p, Profile) and p.low and p.high else DASH
+        beside = interval([p.low, p.high], how=plain) if isinstance(p, Profile) and p.low and p.high else DASH
         span = spans.get(name)
-        told = "fixed" if name == "E" and law["fixed_e"] is not None else interval(span, how=short) if span else "none"
+        told = "fixed" if name == "E" and law["fixed_e"] is not None else interval(span, how=plain) if span else "none"
         rows.append([shown, f"{law[name]:.5g}", told, beside, DASH])
     for key, shown in (("a", "a: N* ∝ C^a"), ("b", "b: D* ∝ C^b"), ("d", "d: D* ∝ N*^d")):
         span = (split["closed_form_interval"] or {}).get(key)
@@ -65,13 +65,12 @@ def choices(a: Analysis) -> str:
     for i, r in enumerate(s.shown()):
         name = "as fitted" if r.group == "default" else f"{r.group}: {r.change}"
         numbers = [fixed(r.alpha), fixed(r.beta), fixed(r.a), si(r.n), si(r.d), short(r.tokens_per_parameter)]
-        note = r.note if len(r.note) < 45 else r.note[:42] + "…"
-        cells = [f"{i + 1}. {pretty(name)}", *numbers, fixed(r.loss, 4), percent(r.misfit, 2), note]
+        cells = [f"{i + 1}. {pretty(name)}", *numbers, fixed(r.loss, 4), percent(r.misfit, 2), pretty(r.note)]
         rows.append(
             [Html(f'<span style="color:#6b7178">{html.escape(c)}</span>') for c in cells] if not r.counts else cells
         )
     head = ["choice", "α", "β", "a", "N*", "D*", "D*/N*", "loss", "misfit", ""]
-    return table(head, rows, left=(9,))
+    return table(head, rows, left=(9,)).replace('<td class="l">', '<td class="note">')
 
 
 def tests(a: Analysis) -> str:
@@ -111,7 +110,11 @@ def method(a: Analysis) -> str:
         ("Solver", f"{percent(fit.share, 0)} of {fit.starts} starts end there; {second}"),
         ("At the end", f"gradient norm {fit.gradient_norm:.1e}, condition number {fit.condition:.1e}"),
         ("Residual spread", percent(fit.residual_spread, 2)),
-        ("Compute", f"C = k(N)·D, {a.cost.kind}" + (f", within {percent(a.cost.spread)}" if a.cost.spread else "")),
+        (
+            "Compute",
+            ("C = 6·N·D" if a.cost.kind == "6nd" else f"C = k(N)·D, {a.cost.kind}")
+            + (f", within {percent(a.cost.spread)}" if a.cost.spread else ""),
+        ),
     ]
     if a.intervals:
         pairs.append(("Intervals", f"{len(a.intervals.draws)} draws; {a.intervals.note}"))
@@ -154,6 +157,11 @@ def capital(text: str) -> str:
 def short(value: float) -> str:
     """Three significant digits."""
     return f"{value:.3g}" if math.isfinite(value) else DASH
+
+
+def plain(value: float) -> str:
+    """Three significant digits, in full up to a hundred thousand."""
+    return short(value) if not 1e3 <= abs(value) < 1e5 else f"{float(f'{value:.3g}'):.0f}"
 
 
 def raised_power(value: float) -> str:

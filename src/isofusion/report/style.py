@@ -94,7 +94,7 @@ def _power_label() -> str:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Whole powers of ten; with 2 and 5 between them where fewer than two powers would show."""
+    """Whole powers of ten; with others between them where fewer than three would show, evenly spaced in the end."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     whole = [10.0**k for k in decades if low <= 10.0**k <= high]
     if len(whole) >= 3:
@@ -103,7 +103,12 @@ def log_ticks(low: float, high: float) -> list[float]:
     for steps in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         found = [m * 10.0**k for k in decades for m in steps if low <= m * 10.0**k <= high]
         if len(found) >= 3:
-            break
+            return found
+    for step in (1.0, 0.5, 0.2, 0.1):
+        unit = step * 10.0 ** math.floor(math.log10(low))
+        even = [round(k * unit, 12 - decades.start) for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+        if len(even) >= 3:
+            return even
     return found
 
 
