@@ -74,7 +74,19 @@ def test_a_gpu_study_is_prepared_before_its_runs_start(spec: StudySpec, monkeypa
     pytest.importorskip("torch", reason="training needs the [train] extra")
     from isofusion.study import run as pool
 
+    class Nothing:
+        """A stream that costs nothing to open."""
+
+        sources = ()
+
+        def __init__(self, *settings: object) -> None:
+            pass
+
+        def near_duplicates(self) -> None:
+            pass
+
     calls: list[tuple] = []
+    monkeypatch.setattr("isofusion.data.stream.Stream", Nothing)
     monkeypatch.setattr("isofusion.study.gpu.gpu_bytes", lambda: 140e9)
     monkeypatch.setattr("isofusion.study.gpu.measure_peak", lambda: calls.append(("peak",)))
     monkeypatch.setattr("isofusion.data.generate.generate", lambda *arguments: calls.append(arguments))
