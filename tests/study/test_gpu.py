@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 from pathlib import Path
@@ -71,10 +72,23 @@ def test_the_gpu_study_is_a_ladder_of_three_arms(spec: StudySpec) -> None:
 
 def test_a_gpu_study_is_prepared_before_its_runs_start(spec: StudySpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the longest run, and the card's own rate, both while nothing else runs."""
-    pytest.importorskip("torch", reason="training needs the [train] extra")
+    if importlib.util.find_spec("torch") is None:  # asked for by name only: importing it costs more than the test
+        pytest.skip("training needs the [train] extra")
     from isofusion.study import run as pool
 
+    class Nothing:
+        """A stream that costs nothing to open."""
+
+        sources = ()
+
+        def __init__(self, *settings: object) -> None:
+            pass
+
+        def near_duplicates(self) -> None:
+            pass
+
     calls: list[tuple] = []
+    monkeypatch.setattr("isofusion.data.stream.Stream", Nothing)
     monkeypatch.setattr("isofusion.study.gpu.gpu_bytes", lambda: 140e9)
     monkeypatch.setattr("isofusion.study.gpu.measure_peak", lambda: calls.append(("peak",)))
     monkeypatch.setattr("isofusion.data.generate.generate", lambda *arguments: calls.append(arguments))
