@@ -92,7 +92,7 @@ def on_ranks(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
         program = str(Path(__file__).with_name("ranks.py"))
         command = [sys.executable, "-W", "error", program, str(path), str(ranks)]
         with started(command, env) as process:
-            output, _ = process.communicate(timeout=110)
+            output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-5000:]
         said: list[list[str]] = json.loads(path.with_suffix(".done").read_text())
         return said
