@@ -19,7 +19,7 @@ study: $(READY)  ## the built-in study on the CPU (about a quarter of an hour); 
 	$(BIN)/isofusion study run studies/world-mini.toml --out $(OUT)/world-mini --resume
 
 test: $(READY)   ## the quick tests (under 8 minutes on 2 cores; warnings are errors)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(READY)  ## the slow tests: whole small studies, killed and continued
 	$(BIN)/python -m pytest -m slow --timeout 3600
