@@ -26,6 +26,7 @@ pytest.importorskip("submitit", reason="--on slurm needs the [slurm] extra")
 ASK = Request("cpu")
 SMALL = ("s32 = { width = 32 }\n", "")  # leaves two trunks with two branches each
 TRUNK, SHORT, LONG = "early-s16-s0-trunk", "early-s16-s0-d10", "early-s16-s0-d20"
+TIMES = {"wall_s": 0, "input_wait_s": 0}  # what two equal runs need not share
 OTHER = ("late-s16-s0-trunk", "late-s16-s0-d10", "late-s16-s0-d20")
 
 
