@@ -134,7 +134,9 @@ def test_executions_agree_in_values_and_gradients(
     assert losses[0].sum() > 1
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
-        assert (gradient - gradients[1][name]).abs().max() <= 1e-5 * gradient.abs().max(), name  # 0 where no image is
+        largest = gradient.abs().max()
+        assert (gradient - gradients[1][name]).abs().max() <= 1e-5 * largest, name
+        assert largest > 0 or rows, name  # only rows without an image before a target may leave a parameter alone
 
 
 @pytest.mark.filterwarnings("ignore")  # the eager form warns that it is not compiled
