@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +34,22 @@ def full() -> Analysis:
 @pytest.fixture(scope="module")
 def page(full: Analysis, tmp_path_factory: pytest.TempPathFactory) -> str:
     return fitpage.write_page(full, tmp_path_factory.mktemp("page") / "fit.html").read_text(encoding="utf-8")
+
+
+class Broken(Executor):
+    """A pool whose process is killed before it has done anything."""
+
+    def submit(self, *inputs: Any, **options: Any) -> Future[Any]:  # type: ignore[override]
+        future: Future[Any] = Future()
+        future.set_exception(BrokenExecutor("killed"))
+        return future
+
+
+def test_a_pool_changes_no_number_and_a_broken_one_is_done_without(full: Analysis) -> None:
+    runs, options = full.runs, {"draws": 60, "profiles": True}
+    with ThreadPoolExecutor(1) as pool:
+        assert analyse(runs, [1e21], pool=pool, **options).to_dict() == full.to_dict()
+    assert analyse(runs, [1e21], pool=Broken(), **options).to_dict() == full.to_dict()
 
 
 def test_one_file_with_every_figure(page: str) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ T = TypeVar("T")
 BEYOND = 10.0  # the answer is given at this many times the largest compute of the runs where none is asked for
 TEST_DRAWS = 200  # bootstrap draws of each hold-out at most
 STEP_DRAWS, STEPS = 60, 5  # draws and steps of a rollout
-TEST_GRID = 8  # starts per exponent of the hold-outs' fits; the same ends as the default grid, sooner
+TEST_GRID = 4  # starts per exponent of a rollout's fits, beside the fit to all runs; the same ends, sooner
 PROFILED = ("alpha", "beta", "E", "N*")
 
 
@@ -126,30 +127,30 @@ def analyse(
     profiles: bool = False,
     notes: Sequence[str] = (),
     seed: int = 0,
+    pool: Executor | None = None,
 ) -> Analysis:
     """Fit E + A/N^alpha + B/D^beta and everything that judges it. compute: budgets in FLOPs to answer at.
 
     Without compute the answer is given at the runs' largest and at ten times that. draws: of the bootstrap (0: no
-    intervals). profiles: profile alpha, beta, E and N* too. Raises InputError where the runs cannot identify the law,
-    compute is not positive, or the law has no optimum at a compute asked for.
+    intervals). profiles: profile alpha, beta, E and N* too. pool: where the hold-outs and the sensitivity are computed
+    meanwhile, e.g. a ProcessPoolExecutor; the same numbers, sooner. Raises InputError where the runs cannot identify
+    the law, compute is not positive, or the law has no optimum at a compute asked for.
     """
     asked = [float(c) for c in compute]
     if any(not (np.isfinite(c) and c > 0) for c in asked):
         raise InputError(f"--compute {asked}: give positive FLOPs, e.g. --compute 1e20")
     fit = fit_law(runs, delta=delta, fixed_e=fixed_e, starts=starts)
-    intervals = bootstrap(fit, draws, seed=seed) if draws else None
     cost = Cost.of(runs)
     largest = float(runs.c.max())
+    tests = aside(pool, _tests, fit, min(draws, TEST_DRAWS), min(draws, STEP_DRAWS), seed)
+    intervals = bootstrap(fit, draws, seed=seed) if draws else None
     answers = [_answer(fit, intervals, cost, c, strict=True) for c in sorted(asked)] or [
         found for c in (largest, BEYOND * largest) if (found := _answer(fit, intervals, cost, c, strict=False))
     ]
     at = float(answers[-1]["compute"]) if answers else BEYOND * largest  # type: ignore[index]
-    test: dict[str, Any] = {"draws": min(draws, TEST_DRAWS), "delta": delta, "fixed_e": fixed_e, "seed": seed}
-    quick = test | {"draws": min(draws, STEP_DRAWS), "grid": TEST_GRID, "steps": STEPS}
     budgets = attempt(lambda: isoflops(runs, fit=fit, cost=cost, draws=min(draws, TEST_DRAWS)))
     known = None if isinstance(budgets, Refused) else budgets
-    held = largest_size(runs)
-    what = f"largest size ({_name(runs, held)})"
+    choices = aside(pool, attempt, partial(sensitivity, runs, at, fit=fit, cost=cost, budgets=known))
     found_profiles: dict[str, Profile | Refused] = {}
     studies = Studies.of(fit) if profiles else None
     for name in PROFILED if profiles else ():
@@ -157,6 +158,8 @@ def analyse(
             continue
         point = at if name == "N*" else None
         found_profiles[name] = attempt(partial(profile, fit, name, at=point, studies=studies))
+    regression = regress_allocation(fit, cost=cost)
+    held, by_size, by_compute = tests()
     return Analysis(
         runs=runs,
         notes=tuple(notes),
@@ -172,16 +175,49 @@ def analyse(
         intervals=intervals,
         cost=cost,
         answers=tuple(row for row in answers if row),
-        regression=regress_allocation(fit, cost=cost),
-        held=attempt(lambda: hold_out(runs, held, what=what, **test)),
-        rollouts={
-            "n": attempt(lambda: rollout(runs, "n", **quick)),
-            "c": attempt(lambda: rollout(runs, "c", **quick)),
-        },
-        sensitivity=attempt(lambda: sensitivity(runs, at, fit=fit, cost=cost, budgets=known)),
+        regression=regression,
+        held=held,
+        rollouts={"n": by_size, "c": by_compute},
+        sensitivity=choices(),
         isoflops=budgets,
         profiles=found_profiles,
     )
+
+
+def _tests(
+    fit: LawFit, draws: int, step_draws: int, seed: int
+) -> tuple[HoldOut | Refused, Rollout | Refused, Rollout | Refused]:
+    """The largest size held out, and the rollouts over size and over compute."""
+    runs, held = fit.runs, largest_size(fit.runs)
+    what = f"largest size ({_name(runs, held)})"
+    options: dict[str, Any] = {"delta": fit.delta, "fixed_e": fit.form.fixed_e, "seed": seed}
+    found = attempt(lambda: hold_out(runs, held, what=what, draws=draws, **options))
+    last = None if isinstance(found, Refused) else found
+    options |= {"draws": step_draws, "grid": TEST_GRID, "steps": STEPS, "fit": fit, "near": fit}
+    return (
+        found,
+        attempt(lambda: rollout(runs, "n", last_step=last, **options)),
+        attempt(lambda: rollout(runs, "c", **options)),
+    )
+
+
+def aside(pool: Executor | None, make: Callable[..., T], *inputs: Any) -> Callable[[], T]:
+    """Start make(*inputs) in the pool and return what gives its result; here and later without a pool that works."""
+    here = partial(make, *inputs)
+    if pool is None:
+        return here
+    try:
+        future = pool.submit(make, *inputs)
+    except BrokenExecutor:
+        return here
+
+    def result() -> T:
+        try:
+            return future.result()
+        except BrokenExecutor:
+            return here()
+
+    return result
 
 
 def attempt(make: Callable[[], T]) -> T | Refused:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.table import Array, Runs, clusters
+from isofusion.laws.table import Array, Runs, cell_means, clusters
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,10 @@ class Envelope:
 
 def size_curves(runs: Runs) -> list[tuple[Array, Array]]:
     """Per model size its (C, loss) curve, ascending in C; seeds averaged, so that luck does not make the envelope."""
-    out = []
-    size, budget = clusters(runs.n), clusters(runs.d)
-    for s in range(int(size.max()) + 1):
-        points = []
-        for b in np.unique(budget[size == s]):
-            rows = (size == s) & (budget == b)
-            points.append((np.log(runs.c[rows]).mean(), np.log(runs.loss[rows]).mean()))
-        points.sort()
-        out.append((np.exp([p[0] for p in points]), np.exp([p[1] for p in points])))
-    return out
+    size, _, c, loss = cell_means(clusters(runs.n), clusters(runs.d), np.log(runs.c), np.log(runs.loss))
+    order = np.lexsort((loss, c, size))
+    ends = np.flatnonzero(np.diff(size)) + 1
+    return [(np.exp(c[rows]), np.exp(loss[rows])) for rows in np.split(order, ends)]
 
 
 def envelope(

@@ -19,7 +19,7 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.formfit import FormFit, fit_form
 from isofusion.laws.forms import NAMES, Form, Params, Scale
-from isofusion.laws.objective import Problem, Solution, jacobian, minimise, value
+from isofusion.laws.objective import Problem, Solution, jacobian, minimise, terms, value
 from isofusion.laws.solve.paperstart import paper_starts
 from isofusion.laws.solve.restart import joined, restart
 from isofusion.laws.solve.start import GRID, Projector, descend, exponent_grid, merge, pin, projection_starts
@@ -199,9 +199,14 @@ def fine_continuation(delta: float) -> list[float]:
 
 
 def follow(theta: Array, problem: Problem, stages: list[float]) -> Solution:
-    """Minimise at each delta in turn, loosely until the last."""
-    for stage in stages[:-1]:
+    """Minimise at each delta in turn, loosely until the last; a delta that no residual exceeds changes nothing."""
+    reach = np.inf  # the largest residual so far
+    for next_one, stage in enumerate(stages[:-1], start=1):
+        if stage >= reach:
+            continue
         theta = minimise(theta, problem, stage, tolerance=1e-7).theta
+        if next_one < len(stages) - 1:
+            reach = float(np.max(np.abs(terms(theta, problem.x, problem.y)[0] - problem.log_loss)))
     return minimise(theta, problem, stages[-1])
 
 
@@ -215,11 +220,13 @@ def fit_law(
     bounds: tuple[float, float] = BOUNDS,
     grid: int = GRID,
     starts: Starts = "projection",
+    near: LawFit | None = None,
 ) -> LawFit:
     """Fit the law to the runs' losses. `fixed_e` fixes the irreducible loss (the oracle entropy of a known world).
 
     delta: Huber's threshold on log residuals. bounds: of both exponents. grid: starts per exponent axis.
     starts="paper": the grid and L-BFGS of arXiv 2504.07951 App. C as published (full law only; about a minute).
+    near: a fit of most of the same runs, whose exponents are one start more.
     Raises InputError where the runs cannot identify the law.
     """
     form = Form(n_term, d_term, fixed_e)
@@ -241,7 +248,7 @@ def fit_law(
             raise InputError("starts = 'paper' is the published fit of the full law; drop n_term, d_term and fixed_e")
         ends, weight = paper_starts(runs, problem, scale, delta)
     elif starts == "projection":
-        ends, weight = _search(runs, form, scale, problem, bounds, delta, grid)
+        ends, weight = _search(runs, form, scale, problem, bounds, delta, grid, near)
     else:
         raise InputError(f"starts = {starts!r}: choose 'projection' or 'paper'")
     best = int(np.argmin(ends.objective))
@@ -286,10 +293,14 @@ def _search(
     bounds: tuple[float, float],
     delta: float,
     grid: int,
+    near: LawFit | None,
 ) -> tuple[Solution, Array]:
     """Ends of the search and how many starts each stands for (0: an extra end, not one of the grid's)."""
     projector = Projector(runs, form, scale)
     exponents = exponent_grid(form, scale, bounds, grid)
+    if near is not None:
+        both = np.nan_to_num(np.clip([near.alpha, near.beta], *bounds)) * [scale.spread_n, scale.spread_d]
+        exponents = np.concatenate([exponents, np.where([form.n_term, form.d_term], both, 0.0)[None]])
     first = projector(exponents)
     low_exponents, coefficients, _ = descend(projector, exponents, first, bounds)
     use = form.free[[2, 4]]

@@ -18,7 +18,7 @@ from isofusion.errors import InputError
 from isofusion.laws.bootstrap import bootstrap, estimate_noise
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.frontier import envelope
-from isofusion.laws.table import Array, Runs, clusters
+from isofusion.laws.table import Array, Runs, cell_means, clusters
 
 
 @dataclass(frozen=True)
@@ -179,21 +179,15 @@ def largest_size(runs: Runs) -> np.ndarray:
 def carry_over(train: Runs, test: Runs) -> Array:
     """Loss of the next smaller training size at equal D (log-log interpolated, seeds averaged), or NaN."""
     out = np.full(len(test), np.nan)
-    cluster, budget = clusters(train.n), clusters(train.d)
-    means = np.array([train.n[cluster == k].mean() for k in range(int(cluster.max()) + 1)])
-    for i in range(len(test)):
-        smaller = np.flatnonzero(means < test.n[i] / 1.02)
-        if not len(smaller):
-            continue
-        rows = cluster == smaller[-1]
-        points = [
-            (np.log(train.d[rows & (budget == b)]).mean(), np.log(train.loss[rows & (budget == b)]).mean())
-            for b in np.unique(budget[rows])
-        ]
-        x, y = np.array(sorted(points)).T
-        at = np.log(test.d[i])
-        if x[0] - np.log(1.05) <= at <= x[-1] + np.log(1.05):
-            out[i] = np.exp(np.interp(at, x, y))
+    cluster = clusters(train.n)
+    size, _, d, loss = cell_means(cluster, clusters(train.d), np.log(train.d), np.log(train.loss))
+    means = np.bincount(cluster, train.n) / np.bincount(cluster)
+    smaller = np.searchsorted(means, test.n / 1.02) - 1  # the largest size clearly below each test run's, or -1
+    at = np.log(test.d)
+    for k in np.unique(smaller[smaller >= 0]):
+        x, y = d[size == k], loss[size == k]
+        rows = (smaller == k) & (at >= x[0] - np.log(1.05)) & (at <= x[-1] + np.log(1.05))
+        out[rows] = np.exp(np.interp(at[rows], x, y))
     return out
 
 

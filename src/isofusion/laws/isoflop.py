@@ -213,30 +213,40 @@ def isoflops(
     if fit is not None and not (fit.form.n_term and fit.form.d_term):
         no_law, fit = f"{fit.form.formula} has no optimum in N", None
     loss = runs.loss / _off_budget(runs, groups, fit, cost)
+    luck = _luck(runs, fit, draws, seed) if fit is not None and draws else None
     out, warnings = [], []
+    simulated: dict[Method, list[Array]] = {name: [] for name in SHAPES}  # per bracketed budget log N* [S]
+    clean: dict[Method, list[float]] = {name: [] for name in SHAPES}  # the same of the law's own losses
     for g in groups:
         why = _not_bracketed(g, loss[g.rows])
         best: dict[Method, float] = {k: float("nan") for k in METHODS}
         bias: dict[Method, float] = {k: float("nan") for k in METHODS}
-        truth = float("nan")
+        every = [loss[g.rows][None]]
+        known = False
         if fit is not None:
-            truth = float(compute_optimal(fit, g.c, cost=cost).n[0])
-            best["law"], bias["law"] = truth, 0.0
-        if not why:
+            best["law"], bias["law"] = float(compute_optimal(fit, g.c, cost=cost).n[0]), 0.0
+            own = _clean(g, fit, cost)
+            known = bool(np.isfinite(best["law"])) and not _not_bracketed(g, own)
+            every.append(own[None])
+            if luck is not None and not why:
+                every.append(own * np.exp(luck[:, g.rows]))
+        if known or not why:
             for name in SHAPES:
-                best[name] = float(np.exp(g.lowest(name, loss[g.rows])))
-        if fit is not None and np.isfinite(truth):
-            clean = _clean(g, fit, cost)
-            if not _not_bracketed(g, clean):
-                for name in SHAPES:
-                    bias[name] = float(np.exp(g.lowest(name, clean)) / truth - 1.0)
+                at = g.lowest(name, np.concatenate(every))
+                if known:
+                    bias[name] = float(np.exp(at[1]) / best["law"] - 1.0)
+                if not why:
+                    best[name] = float(np.exp(at[0]))
+                    clean[name].append(float(at[1]) if fit is not None else float("nan"))
+                    # a minimum outside the sizes is one at their edge, as an analyst would read it
+                    drawn = np.nan_to_num(at[2:], nan=clean[name][-1])
+                    simulated[name].append(np.clip(drawn, g.x[0], g.x[-1]))
         if why:
             warnings.append(FitWarning("isoflop-not-bracketed", f"{g.c:.3g} FLOPs: {why}"))
         out.append(IsoFlop(g.c, np.exp(g.x), g.mean(loss[g.rows]), best, bias, not why, why, len(g.rows)))
-    found = tuple(out)
-    drawn = _simulate(runs, groups, fit, cost, draws, seed) if fit is not None and draws else None
-    power = {k: _power(k, found, groups, fit, cost, drawn, level) for k in METHODS}
-    return IsoFlops(found, power, tuple(warnings), fit, no_law, tuple(skipped))
+    power: dict[Method, PowerLaw | None] = {k: _power(out, fit, cost, k, clean[k], simulated[k], level) for k in SHAPES}
+    power["law"] = _power(out, fit, cost, "law", [], [], level)
+    return IsoFlops(tuple(out), power, tuple(warnings), fit, no_law, tuple(skipped))
 
 
 def _off_budget(runs: Runs, groups: list[_Budget], fit: LawFit | None, cost: Cost) -> Array:
@@ -269,44 +279,41 @@ def _not_bracketed(g: _Budget, loss: Array) -> str:
     return ""
 
 
-def _simulate(runs: Runs, groups: list[_Budget], fit: LawFit, cost: Cost, draws: int, seed: int) -> list[Array]:
-    """Per budget losses [S, m] of simulated studies: the law plus trunk and branch noise of the residuals."""
+def _luck(runs: Runs, fit: LawFit, draws: int, seed: int) -> Array:
+    """Trunk and branch noise of the residuals in log loss, [S, all runs]."""
     rng = np.random.Generator(np.random.Philox(key=seed))
-    luck = simulate_noise(rng, estimate_noise(fit), runs.group, draws)
-    return [_clean(g, fit, cost) * np.exp(luck[:, g.rows]) for g in groups]
+    return simulate_noise(rng, estimate_noise(fit), runs.group, draws)
 
 
 def _power(
-    method: Method,
-    found: tuple[IsoFlop, ...],
-    groups: list[_Budget],
+    found: list[IsoFlop],
     fit: LawFit | None,
     cost: Cost,
-    drawn: list[Array] | None,
+    method: Method,
+    clean: list[float],
+    simulated: list[Array],
     level: float,
 ) -> PowerLaw | None:
-    """Regress log N* on log C over the bracketed budgets; None with fewer than three."""
-    use = [i for i, b in enumerate(found) if b.bracketed and np.isfinite(b.best[method])]
+    """Regress log N* on log C over the bracketed budgets; None with fewer than three.
+
+    clean, simulated: log N* by the method per bracketed budget, of the law's own losses and of simulated studies [S].
+    """
+    bracketed = [b for b in found if b.bracketed]
+    use = [i for i, b in enumerate(bracketed) if np.isfinite(b.best[method])]
     if len(use) < 3:
         return None
-    x = np.log([found[i].c for i in use])
-    a, intercept = np.polyfit(x, np.log([found[i].best[method] for i in use]), 1)
+    x = np.log([bracketed[i].c for i in use])
+    a, intercept = np.polyfit(x, np.log([bracketed[i].best[method] for i in use]), 1)
     line = PowerLaw(float(a), float(intercept), len(use), None, None, level)
     if fit is None or method == "law":
         return line if fit is None else replace(line, bias=0.0)
     weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
-    c = np.exp(x)
-    clean, truth = [], compute_optimal(fit, c, cost=cost).n
-    for i in use:
-        clean.append(float(groups[i].lowest(method, _clean(groups[i], fit, cost))))
-    true_a = float(weights @ np.log(truth))
-    bias = float(weights @ np.array(clean)) - true_a
+    true_a = float(weights @ np.log(compute_optimal(fit, np.exp(x), cost=cost).n))
+    bias = float(weights @ np.array([clean[i] for i in use])) - true_a
     interval = None
-    if drawn is not None and np.isfinite(bias):
-        simulated = np.stack([groups[i].lowest(method, drawn[i]) for i in use], axis=1)
-        for k, i in enumerate(use):  # a minimum outside the sizes is one at their edge, as an analyst would read it
-            simulated[:, k] = np.clip(np.nan_to_num(simulated[:, k], nan=clean[k]), groups[i].x[0], groups[i].x[-1])
-        error = simulated @ weights - true_a
+    drawn = np.stack([simulated[i] for i in use], axis=1)
+    if len(drawn) and np.isfinite(bias):
+        error = drawn @ weights - true_a
         tail = (1.0 - level) / 2.0
         low, high = np.quantile(error, [tail, 1.0 - tail])
         interval = float(a - high), float(a - low)

@@ -103,14 +103,21 @@ def seed_variances(runs: Runs, residuals: Array) -> tuple[float, float, int, int
 
 def _independent_seeds(runs: Runs, residuals: Array) -> tuple[float, float, int, int] | None:
     """The same where every run is its own trunk: only the spread between seeds of equal runs, as within variance."""
+    seed = np.unique(runs.seed, return_inverse=True)[1]
+    if not seed.any():
+        return None
     budget = clusters(runs.d)
-    squares, freedom = 0.0, 0
-    for size, b in dict.fromkeys(zip(runs.size.tolist(), budget.tolist(), strict=True)):
-        rows = (runs.size == size) & (budget == b)
-        if len(np.unique(runs.seed[rows])) > 1:
-            squares += float(np.sum((residuals[rows] - residuals[rows].mean()) ** 2))
-            freedom += int(rows.sum()) - 1
-    return (0.0, squares / freedom, freedom, freedom) if freedom else None
+    cell = np.unique(runs.size, return_inverse=True)[1] * (int(budget.max()) + 1) + budget
+    cell = np.unique(cell, return_inverse=True)[1]
+    pairs = np.unique(cell * (int(seed.max()) + 1) + seed) // (int(seed.max()) + 1)  # the cell of each seed in it
+    repeated = np.bincount(pairs)[cell] > 1
+    if not repeated.any():
+        return None
+    cell, r = np.unique(cell[repeated], return_inverse=True)[1], residuals[repeated]
+    count = np.bincount(cell)
+    squares = float(np.sum((r - (np.bincount(cell, r) / count)[cell]) ** 2))
+    freedom = len(r) - len(count)
+    return 0.0, squares / freedom, freedom, freedom
 
 
 def estimate_noise(fit: LawFit) -> Noise:

@@ -20,7 +20,7 @@ from isofusion.laws.table import Array, Runs
 
 __all__ = ["Problem", "Solution", "derivatives", "huber", "jacobian", "minimise", "terms", "value"]
 
-CHUNK = 1 << 14  # S * m elements worked on at once, so that temporaries stay in cache
+CHUNK = 1 << 15  # S * m elements worked on at once, so that temporaries stay in cache
 VANISHED = 16.0  # a term this many e-folds below the lowest loss (1e-7 of it) is at its floor
 
 
@@ -182,4 +182,5 @@ def minimise(
         max_iterations=max_iterations,
         tolerance=tolerance,
         tiny=1e-28 * problem.x.size,
+        logs=(0, 1, 3),
     )

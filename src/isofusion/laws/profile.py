@@ -12,7 +12,7 @@ Legend: S starts or draws, g points of the profile, 5 parameters in the solver's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -132,7 +132,7 @@ def profile(
         threshold = noise_threshold(fit, constraint, level, studies or Studies.of(fit, draws, seed))
     else:
         threshold = residual_threshold(fit, level)
-    sides = [_walk(fit, problem, constraint, estimate, threshold, sign) for sign in (-1.0, 1.0)]
+    sides = _both_sides(fit, problem, constraint, estimate, threshold)
     values = np.concatenate([sides[0][0][::-1], [estimate], sides[1][0]])
     objective = np.concatenate([sides[0][1][::-1], [fit.objective], sides[1][1]])
     theta = np.concatenate([sides[0][2][::-1], fit.theta[None], sides[1][2]])
@@ -209,31 +209,56 @@ def residual_threshold(fit: LawFit, level: float) -> float:
     return float(0.5 * NormalDist().inv_cdf(0.5 + 0.5 * level) ** 2 * np.sum(psi**2) / free / max(slope, 1e-300))
 
 
+Side = tuple[Array, Array, Array, float | None]  # values, objectives, thetas, end of the interval or None; outwards
+Point = tuple[Array, float, bool]  # theta [5], objective, whether it is the minimum on the surface
+
+
+def _both_sides(
+    fit: LawFit, problem: Problem, constraint: Constraint, estimate: float, threshold: float
+) -> tuple[Side, Side]:
+    """The walks down and up from the fit, whose solves are made together: half the calls."""
+    first = constraint.first_step(fit.theta, fit, threshold)
+    walks = [_walk(fit, constraint, estimate, threshold, sign, first) for sign in (-1.0, 1.0)]
+    asked = {i: next(walk) for i, walk in enumerate(walks)}
+    sides: dict[int, Side] = {}
+    while asked:
+        start = np.stack([theta for theta, _ in asked.values()])
+        target = np.array([value for _, value in asked.values()])
+        end = minimise_on(start, problem, fit.delta, constraint, target)
+        for row, i in enumerate(list(asked)):
+            reached = bool(np.isfinite(end.objective[row])) and bool(end.converged[row])
+            try:
+                asked[i] = walks[i].send((end.theta[row], float(end.objective[row]), reached))
+            except StopIteration as stop:
+                sides[i] = stop.value
+                del asked[i]
+    return sides[0], sides[1]
+
+
 def _walk(
-    fit: LawFit, problem: Problem, constraint: Constraint, estimate: float, threshold: float, sign: float
-) -> tuple[Array, Array, Array, float | None]:
-    """(values, objectives, thetas, end of the interval or None) on one side, outwards.
+    fit: LawFit, constraint: Constraint, estimate: float, threshold: float, sign: float, first: float
+) -> Generator[tuple[Array, float], Point, Side]:
+    """One side: yields (start [5], value of the quantity) to solve at, is sent the Point there, returns the Side.
 
     Steps adapt so that sqrt(excess / threshold) grows evenly; it is nearly linear in the quantity, so the end is
     found by interpolating it and solving there once more.
     """
     values, objectives, thetas = [estimate], [fit.objective], [fit.theta]
     depth = [0.0]
-    step = sign * constraint.first_step(fit.theta, fit, threshold)
+    step = sign * first
     for _ in range(STEPS):
         target = values[-1] + step
         if not constraint.possible(target):
             target = 0.25 * values[-1] + 0.75 * constraint.edge(sign)
-        end = minimise_on(thetas[-1][None], problem, fit.delta, constraint, np.array([target]))
-        reached = bool(np.isfinite(end.objective[0])) and bool(end.converged[0])
+        theta, objective, reached = yield thetas[-1], target
         if not reached:
             if abs(step) < 1e-4 * max(abs(values[-1] - estimate), 1e-12):
                 break
             step *= 0.25
             continue
         values.append(target)
-        objectives.append(float(end.objective[0]))
-        thetas.append(end.theta[0])
+        objectives.append(objective)
+        thetas.append(theta)
         depth.append(float(np.sqrt(max(0.0, objectives[-1] - fit.objective) / threshold)))
         if depth[-1] >= 1.0 or (estimate > 0 and not 1.0 / REACH < target / estimate < REACH):
             break
@@ -246,14 +271,14 @@ def _walk(
         for _ in range(6):  # regula falsi on the depth, each a solve on the surface
             share = (1.0 - d_in) / max(d_out - d_in, 1e-300)
             end_value = inner + (outer - inner) * min(max(share, 0.02), 0.98)
-            found = minimise_on(theta[None], problem, fit.delta, constraint, np.array([end_value]))
-            if not found.converged[0]:
+            found, objective, reached = yield theta, end_value
+            if not reached:
                 break
-            d_new = float(np.sqrt(max(0.0, float(found.objective[0]) - fit.objective) / threshold))
+            d_new = float(np.sqrt(max(0.0, objective - fit.objective) / threshold))
             if abs(d_new - 1.0) < 1e-4:
                 break
             if d_new < 1.0:
-                inner, d_in, theta = end_value, d_new, found.theta[0]
+                inner, d_in, theta = end_value, d_new, found
             else:
                 outer, d_out = end_value, d_new
     return np.array(values[1:]), np.array(objectives[1:]), np.array(thetas[1:]).reshape(-1, 5), end_value

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.fit import fit_law
+from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.holdout import Accuracy, HoldOut, accuracy, hold_out
 from isofusion.laws.table import SAME, Array, Runs, clusters
 
@@ -104,12 +104,15 @@ def rollout(
     oracle: float | Array | None = None,
     draws: int = 200,
     seed: int = 0,
+    fit: LawFit | None = None,
+    last_step: HoldOut | None = None,
     **options: Any,
 ) -> Rollout:
     """Predict each of the last `steps` sizes (by "n") or bands of compute (by "c") from everything below it.
 
     band: factor in N or C that counts as one step (default: one size; 2x in compute). oracle: entropy of the data, else
     the irreducible loss fitted to all runs is subtracted for reducible loss. draws: of each step's interval (0: none).
+    fit, last_step: the law fitted to all runs and the hold-out of the last step, where they are there already; other
     options go to fit_law. Raises InputError where no step can be predicted, with the last one's reason.
     """
     if by not in ("n", "c"):
@@ -119,7 +122,7 @@ def rollout(
     band = band or (SAME if by == "n" else BAND)
     cluster = clusters(runs.n if by == "n" else runs.c, band)
     last = int(cluster.max())
-    floor, name = _floor(runs, oracle, options)
+    floor, name = _floor(runs, oracle, fit, options)
     found: list[HoldOut] = []
     refused: list[tuple[str, str]] = []
     for k in range(max(1, last - steps + 1), last + 1):
@@ -132,7 +135,10 @@ def rollout(
             else f"{part.c.min():.3g} to {part.c.max():.3g} FLOPs"
         )
         try:
-            step = hold_out(rows, held, what=what, oracle=floor[use], draws=draws, seed=seed, **options)
+            if last_step is not None and k == last:
+                step = replace(last_step, what=what, floor=floor[use][held])
+            else:
+                step = hold_out(rows, held, what=what, oracle=floor[use], draws=draws, seed=seed, **options)
         except InputError as error:
             refused.append((what, str(error)))
             continue
@@ -146,7 +152,7 @@ def rollout(
     return Rollout(by, tuple(found), tuple(refused), name or "none: the fitted E is above a loss")
 
 
-def _floor(runs: Runs, oracle: float | Array | None, options: dict[str, Any]) -> tuple[Array, str]:
+def _floor(runs: Runs, oracle: float | Array | None, fit: LawFit | None, options: dict[str, Any]) -> tuple[Array, str]:
     """(what to subtract per run, its name); zeros and "" where the irreducible loss of all runs is above a loss.
 
     One floor for all steps: a step's own fitted E may lie above the loss to come, and that must show as an error of the
@@ -156,7 +162,7 @@ def _floor(runs: Runs, oracle: float | Array | None, options: dict[str, Any]) ->
     if truth is not None:
         return truth, "oracle"
     try:
-        e = fit_law(runs, **options).E
+        e = (fit or fit_law(runs, **options)).E
     except InputError:
         e = float("inf")
     return (np.full(len(runs), e), "fitted E of all runs") if e < runs.loss.min() else (np.zeros(len(runs)), "")

@@ -30,7 +30,7 @@ DELTAS = (1e-4, 1e-2, 1e-1, 10.0)  # beside the fit's own; 10 is above every res
 OUTLIERS = 5
 SPREAD = 2.0  # N* of the lowest and highest choice differ by more: undetermined
 RULED_OUT = 5.0  # log-likelihood per trunk, summed, by which another law must fit worse to be left out of the spread
-GRID = 8  # starts per exponent of the fits with E fixed; the same ends as the default grid, sooner
+GRID = 4  # starts per exponent of the fits with E fixed, beside the default fit; the same ends, sooner
 FLOORS = (0.0, 0.5, 0.9)  # irreducible losses tried, as shares of the lowest loss
 
 
@@ -324,7 +324,8 @@ class _Table:
             if self.fit.form.fixed_e is not None and abs(floor - self.fit.form.fixed_e) < 1e-9:
                 continue
             try:
-                other = fit_law(self.runs, fixed_e=floor, delta=self.fit.delta, bounds=self.fit.bounds, grid=GRID)
+                bounds = self.fit.bounds
+                other = fit_law(self.runs, fixed_e=floor, delta=self.fit.delta, bounds=bounds, grid=GRID, near=self.fit)
                 self.add("law", change, [other.params], free=4)
             except InputError as error:
                 self.missing("law", change, str(error))

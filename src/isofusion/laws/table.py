@@ -49,6 +49,15 @@ def distinct(values: Array, same: float = SAME) -> int:
     return int(clusters(values, same).max()) + 1 if len(values) else 0
 
 
+def cell_means(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], *values: Array) -> tuple[Any, ...]:
+    """(first [k], second [k], mean of each of `values` [k]) over the rows of every pair of indices that has any, in
+    order of the pairs: seeds averaged, so that luck does not choose."""
+    width = int(second.max()) + 1
+    cells, member = np.unique(first * width + second, return_inverse=True)
+    count = np.bincount(member)
+    return cells // width, cells % width, *(np.bincount(member, v) / count for v in values)
+
+
 @dataclass(frozen=True)
 class Runs:
     """Finished runs, as parallel arrays of one length."""

@@ -231,14 +231,14 @@ def _minima(a: Analysis, found: IsoFlops, width: int) -> Chart | None:
     x = alt.X("c:Q", **style.log_axis([r["c"] for r in rows], "FLOPs", pad=0.04))
     y = alt.Y("n:Q", **(style.log_axis([r["n"] for r in rows], "") | {"title": None}))
     scale = alt.Scale(domain=list(kinds), range=list(kinds.values()))
-    shapes = alt.Scale(domain=list(kinds), range=["circle", "diamond", "square"])
+    shapes = alt.Scale(domain=list(kinds), range=["circle", "diamond", "stroke"])
     legend = alt.Legend(orient="top", title=None, columns=3)
     dots = [r for r in rows if r["kind"] != "law"]
     line = [r for r in rows if r["kind"] == "law"]
     colour = alt.Color("kind:N", scale=scale, legend=legend)
     layers = [_chart(line).mark_line(strokeWidth=2).encode(x=x, y=y, color=colour)]
     points = _chart(dots).mark_point(filled=True, size=42, opacity=0.9)
-    layers.append(points.encode(x=x, y=y, color=colour, shape=alt.Shape("kind:N", scale=shapes, legend=None)))
+    layers.append(points.encode(x=x, y=y, color=colour, shape=alt.Shape("kind:N", scale=shapes, legend=legend)))
     return layered(*layers, width=width, height=260, title="best size per budget")
 
 
@@ -382,7 +382,7 @@ def _steps(a: Analysis, width: int) -> Chart | None:
     shapes = alt.Scale(domain=kinds, range=["circle", "square", "triangle-up", "diamond"])
     legend = alt.Legend(orient="top", title=None, columns=4 if width > 330 else 2)
     colour = alt.Color("kind:N", scale=scale, legend=legend)
-    shape = alt.Shape("kind:N", scale=shapes, legend=None)
+    shape = alt.Shape("kind:N", scale=shapes, legend=legend)
     line = _chart(rows).mark_line(strokeWidth=1.3).encode(x=x, y=y, color=colour)
     dots = _chart(rows).mark_point(filled=True, size=46, opacity=1).encode(x=x, y=y, color=colour, shape=shape)
     return layered(line, dots, width=width, height=270, title="each next size, from all below it")

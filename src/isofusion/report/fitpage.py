@@ -9,6 +9,7 @@ import html
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,20 @@ class Drawing:
 
 
 def draw(a: Analysis) -> dict[str, Drawing]:
-    """Every figure these runs support, by name."""
-    out = {}
-    for name, make in FIGURES.items():
-        with debug_mode(False):  # validating every mark against the schema takes longer than drawing; tests do it
+    """Every figure these runs support, by name. A thread draws while the next specification is made."""
+    found: dict[str, tuple[bool, list[Future[str]]]] = {}  # whether these are panels, and the drawings
+    with ThreadPoolExecutor(1) as pool, debug_mode(False):  # validating every mark takes longer than drawing; tests do
+        for name, make in FIGURES.items():
             wide = make(a, WRAPPED)
             if isinstance(wide, Grid) and len(wide.panels) > 1:
-                out[name] = Drawing(tuple(render.svg(themed(panel, WRAPPED)) for panel in wide.panels))
+                found[name] = True, [pool.submit(render.svg, themed(panel, WRAPPED)) for panel in wide.panels]
             elif wide is not None and (narrow := make(a, NARROW)) is not None:
-                out[name] = Drawing((), render.svg(themed(make(a, WIDE), WIDE)), render.svg(themed(narrow, NARROW)))
+                both = themed(make(a, WIDE), WIDE), themed(narrow, NARROW)
+                found[name] = False, [pool.submit(render.svg, spec) for spec in both]
+    out = {}
+    for name, (panels, futures) in found.items():
+        drawn = [future.result() for future in futures]
+        out[name] = Drawing(tuple(drawn)) if panels else Drawing((), *drawn)
     return out
 
 

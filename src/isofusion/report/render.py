@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from typing import Any
 
-import altair as alt
 import vl_convert as vlc
 
-_VERSION = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+_SCHEMA = re.compile(r"/vega-lite/v(\d+(?:\.\d+)?)")
 _count = itertools.count()
+
+
+def warm() -> None:
+    """Start the drawing engine (most of a second) in a thread, while what is to be drawn is still computed."""
+    threading.Thread(target=vlc.vegalite_to_svg, args=({"data": {"values": [{}]}, "mark": "point"},)).start()
 
 
 def svg(spec: dict[str, Any]) -> str:
     """The drawing as a standalone SVG file's text."""
-    text: str = vlc.vegalite_to_svg(spec, vl_version=_VERSION)
+    found = _SCHEMA.search(spec.get("$schema", ""))
+    text: str = vlc.vegalite_to_svg(spec, vl_version=found[1] if found else None)
     return _RAISED.sub(_raise, text)
 
 

@@ -8,7 +8,7 @@ Legend: S slots, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from isofusion.laws.table import Array
 Derivatives = Callable[[Array, np.ndarray], tuple[Array, ...]]
 FIRST_DAMPING = 1e-4
 LONGEST = 3.0  # longest step in any coordinate
+MOST_TAKEN = 0.9  # share of a positive parameter that one step may take from it
+FEW = 64  # problems up to which a LAPACK call each is sooner than a vectorised elimination
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,17 @@ def solve_positive(hess: Array, rhs: Array) -> tuple[Array, np.ndarray]:
     return x, positive & (np.einsum("ps,ps->s", hess[range(size), range(size)], hess[range(size), range(size)]) > 0)
 
 
+def _solve_few(hess: Array, diagonal: Array, rhs: Array) -> Array | None:
+    """x [S, P] with hess [S, P, P] x = rhs by LAPACK, a call each; None unless every matrix is positive definite."""
+    try:
+        root = np.linalg.cholesky(hess)
+        x: Array = np.asarray(np.linalg.solve(hess, rhs[..., None])[..., 0], dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    pivots = np.diagonal(root, axis1=1, axis2=2) ** 2
+    return x if (pivots > 1e-14 * diagonal).all() and np.isfinite(x).all() else None
+
+
 def solve_any(hess: Array, rhs: Array, damp: Array) -> Array:
     """x [S, P] with (|hess| + damp top I) x = rhs: eigenvalues of hess [S, P, P] by absolute value, top the largest."""
     eigen, vectors = np.linalg.eigh(hess)
@@ -73,11 +86,14 @@ def newton_step(grad: Array, hess: Array, damp: Array, metric: Array | None = No
         metric = metric * both
         metric[:, diagonal, diagonal] += 1e-9
         return scale * _metric_step(grad * scale, hess * both, damp, metric)
-    h = np.moveaxis(hess, 0, 2).copy()
-    top = np.abs(h[diagonal, diagonal]).max(axis=0)
-    h[diagonal, diagonal] += damp * top
-    h[diagonal, diagonal] = np.where(h[diagonal, diagonal] == 0.0, 1.0, h[diagonal, diagonal])  # held parameters
-    x, positive = solve_positive(h, np.ascontiguousarray(grad.T))
+    own = hess[:, diagonal, diagonal]
+    own = own + (damp * np.abs(own).max(axis=1))[:, None]
+    own[own == 0.0] = 1.0  # held parameters
+    damped = hess.copy()
+    damped[:, diagonal, diagonal] = own
+    if len(hess) <= FEW and (found := _solve_few(damped, own, grad)) is not None:
+        return -found
+    x, positive = solve_positive(np.ascontiguousarray(np.moveaxis(damped, 0, 2)), np.ascontiguousarray(grad.T))
     step = -x.T
     rest = np.flatnonzero(~positive | ~np.isfinite(step).all(axis=1))
     if len(rest):
@@ -107,17 +123,21 @@ def newton(
     tolerance: float = 1e-15,
     longest: float | Array = LONGEST,
     tiny: float = 0.0,
+    logs: Sequence[int] = (),
 ) -> Solution:
     """Minimise from every row of start [S, P]; derivatives(theta [k, P], which rows [k]) -> f, gradient, Hessian, and
     optionally a metric for the damping (see newton_step).
 
     Parameters held by a bound, or not free, are left out of the step. A start ends when the predicted relative
-    decrease is below `tolerance` (the default is rounding) or f is below `tiny`.
+    decrease is below `tolerance` (the default is rounding) or f is below `tiny`. logs: coordinates that are logarithms
+    of what the law is linear in; Newton's step is then that of the parameter itself. The valleys of a small Huber
+    threshold, along which a few rows stay fitted exactly, are nearly straight there and bent in the logarithm.
     """
     total = len(start)
     theta_all = np.where(free, np.clip(start, lower, upper), start)
     f_all, grad_all = np.full(total, np.inf), np.full(total, np.inf)
     done_all = np.zeros(total, dtype=bool)
+    linear = np.array(logs, dtype=np.int64)
     live = np.arange(min(slots, total))
     waiting = len(live)
     trial = theta_all[live]
@@ -140,12 +160,18 @@ def newton(
         held = ~free | ((theta <= lower) & (grad > 0)) | ((theta >= upper) & (grad < 0))
         g = np.where(held, 0.0, grad)
         h = np.where(held[:, :, None] | held[:, None, :], 0.0, hess) if held.any() else hess
+        if linear.size:
+            h = h.copy()
+            h[:, linear, linear] -= g[:, linear]
         lost = ~np.isfinite(f)  # a start at which the law is not defined
         pairs = held[:, :, None] | held[:, None, :] if metric_new else held
         step = newton_step(
             np.where(lost[:, None], 0.0, g), h, damp, np.where(pairs, 0.0, metric) if metric_new else None
         )
         step *= np.minimum(1.0, 1.0 / np.maximum(np.abs(step / longest).max(axis=1), 1e-300))[:, None]
+        if linear.size:
+            step *= np.minimum(1.0, MOST_TAKEN / np.maximum(-step[:, linear].min(axis=1), 1e-300))[:, None]
+            step[:, linear] = np.log1p(step[:, linear])
         trial = np.where(held, theta, np.clip(theta + step, lower, upper))
         # first-order decrease, twice the Newton decrement; a dropped term sits at -inf and does not move
         promise = -np.sum(g * np.where(held, 0.0, np.where(free, trial, 0.0) - np.where(free, theta, 0.0)), axis=1)

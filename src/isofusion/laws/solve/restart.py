@@ -33,23 +33,25 @@ def restart(ends: Solution, problem: Problem, delta: float, effort: float = 1.0)
     theta, objective = ends.theta.copy(), ends.objective.copy()
     gradient, converged = ends.gradient.copy(), ends.converged.copy()
     met: list[Solution] = []
-    for s in np.argsort(objective)[:GROUPS]:
-        for _ in range(ROUNDS):
-            draws = rng.multinomial(m, np.full(m, 1.0 / m), size=tries).astype(np.float64)
-            away = minimise(
-                np.repeat(theta[s][None], tries, axis=0),
-                replace(problem, weights=draws * problem.weights),
-                delta,
-                60,
-                1e-6,
-            )
-            back = minimise(away.theta, problem, delta)
-            met.append(back)
-            best = int(np.argmin(back.objective))
-            if not back.objective[best] < objective[s] * (1.0 - LOWER):
-                break
-            theta[s], objective[s] = back.theta[best], back.objective[best]
-            gradient[s], converged[s] = back.gradient[best], back.converged[best]
+    active = np.argsort(objective)[:GROUPS]
+    for _ in range(ROUNDS):
+        draws = rng.multinomial(m, np.full(m, 1.0 / m), size=tries * len(active)).astype(np.float64)
+        away = minimise(
+            np.repeat(theta[active], tries, axis=0),
+            replace(problem, weights=draws * problem.weights),
+            delta,
+            60,
+            1e-6,
+        )
+        back = minimise(away.theta, problem, delta)
+        met.append(back)
+        found = np.arange(len(active)) * tries + np.argmin(back.objective.reshape(-1, tries), axis=1)
+        lower = back.objective[found] < objective[active] * (1.0 - LOWER)
+        active, found = active[lower], found[lower]
+        if not len(active):
+            break
+        theta[active], objective[active] = back.theta[found], back.objective[found]
+        gradient[active], converged[active] = back.gradient[found], back.converged[found]
     return Solution(theta, objective, gradient, converged), met
 
 

@@ -19,6 +19,7 @@ from isofusion.laws.solve.newton import solve_positive
 from isofusion.laws.table import Array, Runs
 
 GRID = 16  # exponents per axis of the variable-projection grid
+BLOCK = 1 << 16  # elements of all columns worked on at once, so that they stay in cache
 EXPONENTS = (0.05, 2.0)  # range of the grid
 CUBE = np.array([[bool(k & 1), bool(k & 2), bool(k & 4)] for k in range(1, 8)])
 
@@ -48,14 +49,18 @@ class Projector:
 
     def __call__(self, exponents: Array) -> Projection:
         """Solve for the coefficients at standardised exponents [S, 2]."""
-        count, m = len(exponents), len(self.x)
-        q = np.empty((count, 6, m))
-        q[:, 0], q[:, 5] = self.inverse, self.target
-        for at, slope, x, alpha in ((1, 3, self.x, exponents[:, 0:1]), (2, 4, self.y, exponents[:, 1:2])):
-            np.exp(-alpha * x, out=q[:, at])
-            q[:, at] *= self.inverse
-            np.multiply(q[:, at], -x, out=q[:, slope])
-        gram = np.matmul(q, np.swapaxes(q, 1, 2))
+        gram = np.empty((len(exponents), 6, 6))
+        rows = max(1, BLOCK // (6 * len(self.x)))
+        memory = np.empty((min(rows, len(exponents)), 6, len(self.x)))
+        memory[:, 0], memory[:, 5] = self.inverse, self.target
+        for start in range(0, len(exponents), rows):
+            part = exponents[start : start + rows]
+            q = memory[: len(part)]
+            for at, slope, x, alpha in ((1, 3, self.x, part[:, 0:1]), (2, 4, self.y, part[:, 1:2])):
+                np.exp(-alpha * x, out=q[:, at])
+                q[:, at] *= self.inverse
+                np.multiply(q[:, at], -x, out=q[:, slope])
+            np.matmul(q, np.swapaxes(q, 1, 2), out=gram[start : start + rows])
         coefficients, error, active = self._non_negative(gram)
         # slopes of the residual: c times the derivative column, projected off the active columns
         scale = coefficients[:, 1:3]
