@@ -80,6 +80,22 @@ def jacobian(theta: Array, problem: Problem) -> Array:
     return np.stack([p_e, p_a, -problem.x * p_a, p_b, -problem.y * p_b], axis=1)
 
 
+class Powers:
+    """exp(c - a x) for many (c, a) on one set of runs: computed once per distinct x, of which ladders have few."""
+
+    def __init__(self, x: Array) -> None:
+        values, self.where = np.unique(x, return_inverse=True)
+        self.few = len(values) <= 0.8 * len(x)
+        self.line = np.stack([np.ones_like(values), -values]) if self.few else np.stack([np.ones_like(x), -x])
+
+    def __call__(self, pairs: Array, out: Array) -> Array:
+        """[S, m] into out from pairs (c, a) [S, 2]."""
+        if not self.few:
+            return np.exp(np.matmul(pairs, self.line, out=out), out=out)
+        distinct = pairs @ self.line
+        return np.take(np.exp(distinct, out=distinct), self.where, axis=1, out=out, mode="clip")
+
+
 class _Kernel:
     """Objective, gradient and Hessian of one Problem, in preallocated memory for up to `rows` starts at a time."""
 
@@ -87,22 +103,22 @@ class _Kernel:
         self.problem, self.delta = problem, delta
         x, y = problem.x, problem.y
         one = np.ones_like(x)
-        self.line_a, self.line_b = np.stack([one, -x]), np.stack([one, -y])
+        self.power_a, self.power_b = Powers(x), Powers(y)
         self.by_a = np.ascontiguousarray(np.stack([one, x, x * x], axis=1))
         self.by_b = np.ascontiguousarray(np.stack([one, y, y * y], axis=1))
         self.by_ab = np.ascontiguousarray(np.stack([one, x, y, x * y], axis=1))
-        self.memory = np.empty((10, rows, x.size))
+        self.memory = np.empty((8, rows, x.size))
         self.weighted = problem.weights.ndim == 2 or bool((problem.weights != 1.0).any())
 
     def __call__(self, theta: Array, which: np.ndarray) -> tuple[Array, Array, Array]:
         """f [k], gradient [k, 5], Hessian [k, 5, 5] at theta [k, 5] for the rows `which` of losses and weights."""
         k, problem, delta = len(theta), self.problem, self.delta
-        p_e, p_a, p_b, r, u, v, v_a, v_b, w_1, w_2 = self.memory[:, :k]
+        p_a, p_b, r, u, v, v_a, v_b, work = self.memory[:, :k]
         log_loss = problem.log_loss if problem.log_loss.ndim == 1 else problem.log_loss[which]
         weights = problem.weights if problem.weights.ndim == 1 else problem.weights[which]
         finite = np.where(np.isfinite(theta), theta, 0.0)  # a dropped term: log coefficient -inf
-        np.exp(np.matmul(finite[:, 1:3], self.line_a, out=p_a), out=p_a)
-        np.exp(np.matmul(finite[:, 3:5], self.line_b, out=p_b), out=p_b)
+        self.power_a(finite[:, 1:3], p_a)
+        self.power_b(finite[:, 3:5], p_b)
         with np.errstate(over="ignore"):
             e = np.exp(theta[:, 0:1])
         for gone, term in ((~np.isfinite(theta[:, 1]), p_a), (~np.isfinite(theta[:, 3]), p_b)):
@@ -115,39 +131,38 @@ class _Kernel:
         np.divide(1.0, v, out=v)
         p_a *= v
         p_b *= v
-        np.multiply(v, e, out=p_e)
         # u = w rho', v = w rho'' - u; rho = clipped r times (r - clipped r / 2)
         np.clip(r, -delta, delta, out=u)
         np.equal(u, r, out=v, casting="unsafe")
-        np.multiply(u, 0.5, out=w_1)
-        np.subtract(r, w_1, out=w_1)
+        np.multiply(u, 0.5, out=work)
+        np.subtract(r, work, out=work)
         if self.weighted:
             u *= weights
             v *= weights
-        f = np.einsum("sm,sm->s", u, w_1)
+        f = np.einsum("sm,sm->s", u, work)
         v -= u
-        grad, hess = np.empty((k, 5)), np.empty((k, 5, 5))
         np.multiply(v, p_a, out=v_a)
         np.multiply(v, p_b, out=v_b)
-        np.multiply(v_a, p_b, out=w_1)
-        ab = w_1 @ self.by_ab
-        np.multiply(v_a, p_e, out=w_1)
-        ea = w_1 @ self.by_a[:, :2]
-        np.multiply(v_b, p_e, out=w_1)
-        eb = w_1 @ self.by_b[:, :2]
-        for share, own, by, at in ((p_a, v_a, self.by_a, 1), (p_b, v_b, self.by_b, 3)):
-            np.multiply(u, share, out=w_1)
-            slope = w_1 @ by[:, :2]
-            grad[:, at], grad[:, at + 1] = slope[:, 0], -slope[:, 1]
-            own += u
-            own *= share  # share (v share + u)
-            curve = own @ by
-            hess[:, at, at], hess[:, at + 1, at + 1] = curve[:, 0], curve[:, 2]
-            hess[:, at, at + 1] = hess[:, at + 1, at] = -curve[:, 1]
-        np.multiply(p_e, u, out=w_2)
-        grad[:, 0] = w_2.sum(axis=1)
-        v *= p_e
-        hess[:, 0, 0] = grad[:, 0] + np.einsum("sm,sm->s", v, p_e)
+        np.multiply(v_a, p_b, out=work)
+        ab = work @ self.by_ab
+        mixed, slope, curve = [], [], []  # sums of v p, u p and v p^2 + u p against 1, x (and x^2)
+        for share, own, by in ((p_a, v_a, self.by_a), (p_b, v_b, self.by_b)):
+            mixed.append(own @ by[:, :2])
+            np.multiply(u, share, out=work)
+            slope.append(work @ by[:, :2])
+            own *= share
+            own += work
+            curve.append(own @ by)
+        # the three shares sum to 1, which gives all sums that have E's in them
+        ea = mixed[0] - curve[0][:, :2] + slope[0] - ab[:, :2]
+        eb = mixed[1] - curve[1][:, :2] + slope[1] - ab[:, ::2]
+        grad, hess = np.empty((k, 5)), np.empty((k, 5, 5))
+        grad[:, 0] = u.sum(axis=1) - slope[0][:, 0] - slope[1][:, 0]
+        hess[:, 0, 0] = grad[:, 0] + v.sum(axis=1) - mixed[0][:, 0] - mixed[1][:, 0] - ea[:, 0] - eb[:, 0]
+        for at, (down, bend) in ((1, (slope[0], curve[0])), (3, (slope[1], curve[1]))):
+            grad[:, at], grad[:, at + 1] = down[:, 0], -down[:, 1]
+            hess[:, at, at], hess[:, at + 1, at + 1] = bend[:, 0], bend[:, 2]
+            hess[:, at, at + 1] = hess[:, at + 1, at] = -bend[:, 1]
         hess[:, 0, 1] = hess[:, 1, 0] = ea[:, 0]
         hess[:, 0, 2] = hess[:, 2, 0] = -ea[:, 1]
         hess[:, 0, 3] = hess[:, 3, 0] = eb[:, 0]
