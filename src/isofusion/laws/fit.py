@@ -201,12 +201,11 @@ def fine_continuation(delta: float) -> list[float]:
 def follow(theta: Array, problem: Problem, stages: list[float]) -> Solution:
     """Minimise at each delta in turn, loosely until the last; a delta that no residual exceeds changes nothing."""
     reach = np.inf  # the largest residual so far
-    for next_one, stage in enumerate(stages[:-1], start=1):
-        if stage >= reach:
-            continue
-        theta = minimise(theta, problem, stage, tolerance=1e-7).theta
-        if next_one < len(stages) - 1:
-            reach = float(np.max(np.abs(terms(theta, problem.x, problem.y)[0] - problem.log_loss)))
+    for stage in stages[:-1]:
+        if stage < reach:
+            theta = minimise(theta, problem, stage, tolerance=1e-7).theta
+            if stage != stages[-2]:
+                reach = float(np.max(np.abs(terms(theta, problem.x, problem.y)[0] - problem.log_loss)))
     return minimise(theta, problem, stages[-1])
 
 

@@ -80,7 +80,7 @@ def jacobian(theta: Array, problem: Problem) -> Array:
     return np.stack([p_e, p_a, -problem.x * p_a, p_b, -problem.y * p_b], axis=1)
 
 
-class Powers:
+class _Powers:
     """exp(c - a x) for many (c, a) on one set of runs: computed once per distinct x, of which ladders have few."""
 
     def __init__(self, x: Array) -> None:
@@ -103,7 +103,7 @@ class _Kernel:
         self.problem, self.delta = problem, delta
         x, y = problem.x, problem.y
         one = np.ones_like(x)
-        self.power_a, self.power_b = Powers(x), Powers(y)
+        self.power_a, self.power_b = _Powers(x), _Powers(y)
         self.by_a = np.ascontiguousarray(np.stack([one, x, x * x], axis=1))
         self.by_b = np.ascontiguousarray(np.stack([one, y, y * y], axis=1))
         self.by_ab = np.ascontiguousarray(np.stack([one, x, y, x * y], axis=1))

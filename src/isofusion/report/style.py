@@ -73,11 +73,11 @@ def arm_shape(arms: Sequence[str], legend: bool = True) -> alt.Shape:
 def arm_dash(arms: Sequence[str]) -> alt.StrokeDash:
     styles = arm_styles(arms)
     scale = alt.Scale(domain=list(arms), range=[styles[a]["dash"] for a in arms])
-    return alt.StrokeDash("arm:N", scale=scale, legend=None)
+    return alt.StrokeDash("arm:N", scale=scale, legend=_legend() if len(arms) > 1 else None, title=None)
 
 
 def _legend() -> alt.Legend:
-    return alt.Legend(orient="top", direction="horizontal", title=None, columns=2, symbolSize=70, symbolOpacity=1)
+    return alt.Legend(orient="top", direction="horizontal", title=None, columns=2, symbolSize=70, symbolOpacity=1, symbolStrokeWidth=0)
 
 
 def superscript(value: int) -> str:
