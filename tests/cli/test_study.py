@@ -113,7 +113,7 @@ def test_run_ends_with_the_path_of_the_report(toml: Path, monkeypatch, capsys: p
         seen.update(settings, out=out, spec=spec)
 
     page = types.ModuleType("isofusion.report.page")
-    page.build_report = lambda out: out / "report.html"  # type: ignore[attr-defined]
+    page.build_report = lambda out, pool: out / "report.html"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "isofusion.report.page", page)
     monkeypatch.setattr("isofusion.study.run.run_study", run_study)
     monkeypatch.setattr("isofusion.study.run.refuse_what_does_not_fit", lambda *_: None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,25 @@ def test_a_floor_that_few_trunks_cannot_show_has_no_interval(planted: Any, tmp_p
     assert late["interval"]["E"] is None
     assert "degrees of freedom" in late["refused"]["E"]
     assert "No interval where the noise between trunks" in undrawn(a)
+
+
+class Wire(Executor):
+    """What another process does to a task: everything is pickled on its way there and back."""
+
+    def submit(self, make: Any, *inputs: Any) -> Future[Any]:  # type: ignore[override]
+        future: Future[Any] = Future()
+        make, inputs = pickle.loads(pickle.dumps((make, inputs)))
+        future.set_result(pickle.loads(pickle.dumps(make(*inputs))))
+        return future
+
+
+def test_a_second_process_changes_no_number(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    some = [{**r, "loss_text": None, "loss_interleaved": None} for r in rows if r["arm"] in ("early", "late")]
+    alone = analyse(tmp_path / "s", some)
+    assert alone["fits"]["late"]["caption"]["ok"]
+    assert analyse(tmp_path / "s", some, pool=Wire()) == alone
 
 
 def test_without_any_law_the_page_says_so_and_stands(planted: Any, tmp_path: Path) -> None:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
-from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isofusion.cli.columns import FILE_HELP, TableOptions, reads_table
+from isofusion.cli.second import second_process
 
 if TYPE_CHECKING:
     from isofusion.laws.table import Runs
@@ -132,24 +126,12 @@ def _default(
     options: dict[str, Any] = {"draws": draws, "delta": delta, "fixed_e": fixed_e, "starts": starts, "notes": notes}
     if report is None:
         return analyse(runs, compute, **options)
-    with _second_process() as pool:
+    with second_process("isofusion.laws.analysis") as pool:
         from isofusion.report.fitpage import write_page  # imports altair, while the other process imports its part
 
         result = analyse(runs, compute, profiles=True, pool=pool, **options)
     write_page(result, report)
     return result
-
-
-@contextmanager
-def _second_process() -> Iterator[Executor | None]:
-    """A process that imports the analysis at once, where there is a second processor."""
-    if len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)) < 2:
-        yield None
-        return
-    start = partial(import_module, "isofusion.laws.analysis")
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=start) as pool:
-        pool.submit(int)  # the first task starts the process
-        yield pool
 
 
 def _with_columns(table: TableOptions, file: Path, pairs: list[str]) -> tuple[Runs, dict[str, Any], list[str]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isofusion.cli import slurm
+from isofusion.cli.second import second_process
 from isofusion.errors import InputError
 from isofusion.study.progress import duration, make_progress, si, size
 
@@ -280,6 +281,8 @@ def status_command(
 @app.command("report")
 def report_command(target: Folder, out: Out = None) -> None:
     """Fit the laws to what is done and write OUT/report.html; its path is the last line."""
-    from isofusion.report.page import build_report
+    folder = _folder(target, out)
+    with second_process("isofusion.report.analysis") as pool:
+        from isofusion.report.page import build_report  # while the other process imports its part
 
-    print(build_report(_folder(target, out)))
+        print(build_report(folder, pool=pool))

@@ -27,6 +27,7 @@ from isofusion.data.share import share_rows
 from isofusion.errors import InputError
 
 MANY_EPOCHS = 4  # repetition beyond this costs data-scaling laws dearly (Muennighoff et al., arXiv 2305.16264)
+VAL_SLOTS = 4096  # of a validation batch at least: small batches are mostly overhead, and no activations are kept
 
 
 class Source(Protocol):
@@ -177,7 +178,7 @@ class Stream:
 
     def val_batches(self, domain: str) -> list[PackedBatch]:
         """The fixed validation rows of a domain: at most data.val_rows, fewer when the files hold fewer."""
-        rows, size = self._val_rows(domain), self.rows_per_step
+        rows, size = self._val_rows(domain), max(self.rows_per_step, VAL_SLOTS // self.data.row_len)
         return [take([s.row(j) for s, j in rows[i : i + size]]) for i in range(0, len(rows), size)]
 
     def val_lookups(self, domain: str) -> np.ndarray:

@@ -20,12 +20,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isofusion.errors import InputError
+from isofusion.laws.analysis import aside
 from isofusion.laws.table import clusters
 from isofusion.report import advice, evidence, lawside, methods
 from isofusion.report import speed as speeds
@@ -38,11 +40,12 @@ SAME_SIZE = 1.10
 """Arms' sizes within this factor are one size tier (they are matched within 5 %)."""
 
 
-def analyse(out: Path, rows: list[dict[str, Any]] | None = None) -> Analysis:
+def analyse(out: Path, rows: list[dict[str, Any]] | None = None, *, pool: Executor | None = None) -> Analysis:
     """Compute the analysis of a study folder and write it to <out>/analysis.json.
 
-    `rows` defaults to every row of the study's ledger, tuning and excluded runs included. Raises InputError when no
-    run has finished.
+    `rows` defaults to every row of the study's ledger, tuning and excluded runs included. `pool`: where half of the
+    arms are fitted meanwhile, e.g. a ProcessPoolExecutor; the same numbers, sooner. Raises InputError when no run has
+    finished.
     """
     out = Path(out)
     if rows is None:
@@ -69,7 +72,7 @@ def analyse(out: Path, rows: list[dict[str, Any]] | None = None) -> Analysis:
     a["arms"] = {arm: _arm(arm, main, points) for arm in arms}
     a["entropy"] = _entropy(out, main, domains)
     a["study"]["reducible"] = all(a["entropy"][d]["oracle"] is not None for d in domains)
-    _laws(a, main, arms, domains, compute, tiers)
+    _laws(a, main, arms, domains, compute, tiers, pool)
     pairs = [(p["first"], p["second"]) for p in a["differences"]]
     a["classes"] = evidence.classes(out, main)
     a["fusion"] = evidence.fusion(a["classes"])
@@ -213,43 +216,70 @@ def _entropy(out: Path, rows: list[dict[str, Any]], domains: list[str]) -> dict[
 
 
 def _laws(
-    a: Analysis, rows: list[dict[str, Any]], arms: list[str], domains: list[str], compute: str, tiers: dict[float, str]
+    a: Analysis,
+    rows: list[dict[str, Any]],
+    arms: list[str],
+    domains: list[str],
+    compute: str,
+    tiers: dict[float, str],
+    pool: Executor | None,
 ) -> None:
-    """Fill fits, frontier, fit_curves, differences, holdout and predicted."""
+    """Fill fits, frontier, fit_curves, differences, holdout and predicted; every second arm is fitted in the pool."""
     c_ref = a["study"]["c_ref"]
     grid = np.concatenate([np.geomspace(a["study"]["c_min"], c_ref, 25), np.geomspace(c_ref, 10 * c_ref, 10)[1:]])
     a |= {"fits": {}, "frontier": {}, "fit_curves": {}, "holdout": {}, "predicted": [], "differences": []}
-    for arm in arms:
-        fits: dict[str, Any] = {}
-        a["fits"][arm], a["holdout"][arm], a["frontier"][arm], a["fit_curves"][arm] = fits, {}, {}, {}
-        try:
-            laws = lawside.fit_arm(rows, arm, domains, compute)
-        except InputError as error:
-            for domain in domains:
-                fits[domain] = {"ok": False, "reason": str(error), "power": {"ok": False, "reason": str(error)}}
-            continue
+    started = []
+    for i, arm in enumerate(arms):
         mine = [p for p in a["points"] if p["arm"] == arm]
-        for domain in domains:
-            fits[domain] = lawside.fit_entry(laws, domain)
-            fits[domain]["power"] = lawside.power_entry(laws.runs.get(domain))
-            a["fit_curves"][arm][domain] = lawside.fit_curves(laws, domain, tiers)
-            held = lawside.holdout(laws, domain, mine)
-            a["holdout"][arm][domain] = held
-            a["predicted"] += _predicted(arm, domain, mine, held, laws)
-            front = lawside.frontier(laws, [domain], grid)
-            if front:
-                a["frontier"][arm][domain] = front
-        if len(domains) > 1:
-            fits["mean"] = {"ok": False, "reason": "the mean over domains is not fitted; it is the mean of their laws"}
-            fits["mean"]["power"] = lawside.power_of_mean(rows, arm, compute)
-            front = lawside.frontier(laws, domains, grid)
-            if front:
-                a["frontier"][arm]["mean"] = front
-        for key, front in a["frontier"][arm].items():
-            slopes = lawside.regression(front, a["arms"][arm]["range"]["c"][1])
-            fits[key]["frontier_slopes"] = slopes
+        c_max = a["arms"][arm]["range"]["c"][1]
+        where = pool if i % 2 else None
+        started.append(aside(where, _arm_laws, rows, arm, domains, compute, tiers, mine, grid, c_max))
+    here = [result() for result in started[::2]]  # those of the pool are computed meanwhile
+    there = [result() for result in started[1::2]]
+    for i, arm in enumerate(arms):
+        found = (there if i % 2 else here)[i // 2]
+        for key in ("fits", "frontier", "fit_curves", "holdout"):
+            a[key][arm] = found[key]
+        a["predicted"] += found["predicted"]
     for first, second, label in _pairs(a):
         a["differences"].append(_difference(a, first, second, label))
+
+
+def _arm_laws(
+    rows: list[dict[str, Any]],
+    arm: str,
+    domains: list[str],
+    compute: str,
+    tiers: dict[float, str],
+    points: list[dict[str, Any]],
+    grid_G: np.ndarray,
+    c_max: float,
+) -> dict[str, Any]:
+    """One arm's fits, frontier, fit_curves and holdout by domain, and its part of predicted."""
+    out: dict[str, Any] = {"fits": {}, "frontier": {}, "fit_curves": {}, "holdout": {}, "predicted": []}
+    fits, fronts = out["fits"], out["frontier"]
+    try:
+        laws = lawside.fit_arm(rows, arm, domains, compute)
+    except InputError as error:
+        for domain in domains:
+            fits[domain] = {"ok": False, "reason": str(error), "power": {"ok": False, "reason": str(error)}}
+        return out
+    for domain in domains:
+        fits[domain] = lawside.fit_entry(laws, domain)
+        fits[domain]["power"] = lawside.power_entry(laws.runs.get(domain))
+        out["fit_curves"][domain] = lawside.fit_curves(laws, domain, tiers)
+        held = lawside.holdout(laws, domain, points)
+        out["holdout"][domain] = held
+        out["predicted"] += _predicted(arm, domain, points, held, laws)
+        fronts[domain] = lawside.frontier(laws, [domain], grid_G)
+    if len(domains) > 1:
+        fits["mean"] = {"ok": False, "reason": "the mean over domains is not fitted; it is the mean of their laws"}
+        fits["mean"]["power"] = lawside.power_of_mean(rows, arm, compute)
+        fronts["mean"] = lawside.frontier(laws, domains, grid_G)
+    out["frontier"] = {key: front for key, front in fronts.items() if front}
+    for key, front in out["frontier"].items():
+        fits[key]["frontier_slopes"] = lawside.regression(front, c_max)
+    return out
 
 
 def _predicted(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import os
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from isofusion.report.words import percent
 DRAW = FIGURES | EVIDENCE_FIGURES | {"speed": speed}
 
 
-def build_report(out: str | Path, rows: list[dict[str, Any]] | None = None) -> Path:
+def build_report(out: str | Path, rows: list[dict[str, Any]] | None = None, *, pool: Executor | None = None) -> Path:
     """Analyse the study in `out` and write its page; returns the page's path.
 
-    `rows` defaults to the study's ledger. Raises InputError when no run has finished.
+    `rows` defaults to the study's ledger; `pool`: see `analyse`. Raises InputError when no run has finished.
     """
     out = Path(out)
-    a = analyse(out, rows)
+    render.warm()
+    a = analyse(out, rows, pool=pool)
     drawn, missing = draw_figures(a, out / "figures")
     path = out / "report.html"
     tmp = out / f"report.html.{os.getpid()}.tmp"
@@ -48,18 +50,26 @@ def draw_figures(a: Analysis, folder: Path) -> tuple[dict[str, tuple[str, str]],
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, tuple[str, str]] = {}
     missing = []
-    for name in text.CAPTIONS:
-        with debug_mode(False):  # validating every mark against the schema takes longer than drawing; tests do it
-            wide, narrow = DRAW[name](a, WIDE), DRAW[name](a, NARROW)
-        if wide is None or narrow is None:
-            missing.append(name)
-            for old in (folder / f"{name}.svg", folder / f"{name}.png"):
-                old.unlink(missing_ok=True)
-            continue
-        drawn[name] = render.svg(themed(wide, WIDE)), render.svg(themed(narrow, NARROW))
-        (folder / f"{name}.svg").write_text(drawn[name][0], encoding="utf-8")
-        (folder / f"{name}.png").write_bytes(render.png(drawn[name][0]))
+    with ThreadPoolExecutor(1) as beside:  # turns a drawing into pixels while the next one is made
+        painted = []
+        for name in text.CAPTIONS:
+            with debug_mode(False):  # validating every mark against the schema takes longer than drawing; tests do it
+                wide, narrow = DRAW[name](a, WIDE), DRAW[name](a, NARROW)
+            if wide is None or narrow is None:
+                missing.append(name)
+                for old in (folder / f"{name}.svg", folder / f"{name}.png"):
+                    old.unlink(missing_ok=True)
+                continue
+            drawn[name] = render.svg(themed(wide, WIDE)), render.svg(themed(narrow, NARROW))
+            (folder / f"{name}.svg").write_text(drawn[name][0], encoding="utf-8")
+            painted.append(beside.submit(_paint, drawn[name][0], folder / f"{name}.png"))
+        for one in painted:
+            one.result()
     return drawn, missing
+
+
+def _paint(drawing: str, path: Path) -> None:
+    path.write_bytes(render.png(drawing))
 
 
 def page(a: Analysis, drawn: dict[str, tuple[str, str]], missing: list[str]) -> str:

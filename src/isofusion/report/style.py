@@ -77,7 +77,9 @@ def arm_dash(arms: Sequence[str]) -> alt.StrokeDash:
 
 
 def _legend() -> alt.Legend:
-    return alt.Legend(orient="top", direction="horizontal", title=None, columns=2, symbolSize=70, symbolOpacity=1, symbolStrokeWidth=0)
+    return alt.Legend(
+        orient="top", direction="horizontal", title=None, columns=2, symbolSize=70, symbolOpacity=1, symbolStrokeWidth=0
+    )
 
 
 def superscript(value: int) -> str:
