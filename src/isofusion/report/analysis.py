@@ -228,16 +228,15 @@ def _laws(
     c_ref = a["study"]["c_ref"]
     grid = np.concatenate([np.geomspace(a["study"]["c_min"], c_ref, 25), np.geomspace(c_ref, 10 * c_ref, 10)[1:]])
     a |= {"fits": {}, "frontier": {}, "fit_curves": {}, "holdout": {}, "predicted": [], "differences": []}
-    started = []
+    started = {}
     for i, arm in enumerate(arms):
         mine = [p for p in a["points"] if p["arm"] == arm]
         c_max = a["arms"][arm]["range"]["c"][1]
         where = pool if i % 2 else None
-        started.append(aside(where, _arm_laws, rows, arm, domains, compute, tiers, mine, grid, c_max))
-    here = [result() for result in started[::2]]  # those of the pool are computed meanwhile
-    there = [result() for result in started[1::2]]
-    for i, arm in enumerate(arms):
-        found = (there if i % 2 else here)[i // 2]
+        started[arm] = aside(where, _arm_laws, rows, arm, domains, compute, tiers, mine, grid, c_max)
+    laws = {arm: started[arm]() for arm in [*arms[::2], *arms[1::2]]}  # those of the pool are computed meanwhile
+    for arm in arms:
+        found = laws[arm]
         for key in ("fits", "frontier", "fit_curves", "holdout"):
             a[key][arm] = found[key]
         a["predicted"] += found["predicted"]
