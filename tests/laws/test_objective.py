@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from isofusion.laws.forms import Form, Params, Scale
-from isofusion.laws.objective import Problem, _Kernel, derivatives, huber, jacobian, minimise, terms, value
+from isofusion.laws.objective import Kernel, Problem, derivatives, huber, jacobian, minimise, terms, value
 from isofusion.laws.solve.newton import newton
 from isofusion.laws.table import Runs
 
@@ -85,7 +85,7 @@ def test_the_bent_valleys_of_a_small_delta_are_followed_to_their_end() -> None:
     start = minimise(np.repeat(scale.to_theta(truth)[None], 100, axis=0), problem, 1e-2, tolerance=1e-7).theta
     end = minimise(start, problem, 1e-3)
     assert end.converged.all()  # 5 in 100 do not where steps are straight in the logarithms
-    straight = newton(start, _Kernel(problem, 1e-3, 100), base.lower, base.upper, base.free, slots=100)
+    straight = newton(start, Kernel(problem, 1e-3, 100), base.lower, base.upper, base.free, slots=100)
     assert end.objective.mean() < straight.objective.mean()
 
 
@@ -94,8 +94,8 @@ def test_batches_do_not_mix(runs: Runs) -> None:
     losses = np.log(runs.loss) + 0.01 * np.random.default_rng(1).standard_normal((5, len(runs)))
     base = Problem.of(runs, Form(), scale, (0.01, 3.0))
     start = scale.to_theta(Params.of(1.7, 200.0, 0.28, 1500.0, 0.33))[None]
-    batch = Problem(base.x, base.y, losses, base.weights, base.lower, base.upper, base.free)
+    batch = base.but(log_loss=losses)
     together = minimise(np.repeat(start, 5, axis=0), batch, 1e-2)
     for i in range(5):
-        one = Problem(base.x, base.y, losses[i], base.weights, base.lower, base.upper, base.free)
+        one = base.but(log_loss=losses[i])
         assert minimise(start, one, 1e-2).objective[0] == pytest.approx(together.objective[i], rel=1e-10)

@@ -16,7 +16,7 @@ from isofusion.laws.objective import Problem, minimise
 from isofusion.laws.solve import paperstart
 from isofusion.laws.solve.newton import newton, newton_step, solve_positive
 from isofusion.laws.solve.restart import joined, restart
-from isofusion.laws.solve.start import Projector, descend, exponent_grid, merge
+from isofusion.laws.solve.start import Projection, Projector, descend, exponent_grid, merge
 from isofusion.laws.table import Array, Runs
 
 BOUNDS = (0.01, 3.0)
@@ -67,6 +67,29 @@ def test_every_start_descends_and_most_meet(runs: Runs) -> None:
     assert count.sum() == 256
     assert count.max() > 243
     assert len(index) == len(count)
+
+
+def test_starts_that_meet_end_where_each_would_alone(runs: Runs) -> None:
+    scale = Scale.of(runs)
+    projector = Projector(runs, Form(), scale)
+    exponents = exponent_grid(Form(), scale, BOUNDS, 8)
+    end, _, error = descend(projector, exponents, projector(exponents), BOUNDS)
+    work = []
+
+    class Counted(Projector):
+        def __call__(self, exponents: Array) -> Projection:
+            work.append(len(exponents))
+            return super().__call__(exponents)
+
+    alone = []
+    counted = Counted(runs, Form(), scale)
+    for one in exponents:
+        alone.append(descend(counted, one[None], projector(one[None]), BOUNDS))
+    apart, work = sum(work), []
+    descend(counted, exponents, projector(exponents), BOUNDS)
+    assert sum(work) < 0.8 * apart  # they do meet
+    np.testing.assert_allclose(error, [float(a[2][0]) for a in alone], rtol=1e-5)
+    np.testing.assert_allclose(end, [a[0][0] for a in alone], rtol=1e-2)
 
 
 def test_restarts_leave_a_small_basin(simulate: Callable[..., Runs]) -> None:

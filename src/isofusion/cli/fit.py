@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -123,6 +124,8 @@ def _default(
         from isofusion.report.render import warm
 
         warm()
+        # millions of small objects that live to the end: Python's default goes through them again and again, 15 % of it
+        gc.set_threshold(100_000, 50, 100)
     options: dict[str, Any] = {"draws": draws, "delta": delta, "fixed_e": fixed_e, "starts": starts, "notes": notes}
     if report is None:
         return analyse(runs, compute, **options)

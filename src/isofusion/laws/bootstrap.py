@@ -133,16 +133,7 @@ def refit(
 
     Returns parameters [S], objectives [S] and whether an exponent ended at a bound [S].
     """
-    base = Problem.of(fit.runs, fit.form, fit.scale, fit.bounds)
-    problem = Problem(
-        base.x,
-        base.y,
-        base.log_loss if log_loss is None else log_loss,
-        base.weights if weights is None else weights,
-        base.lower,
-        base.upper,
-        base.free,
-    )
+    problem = Problem.of(fit.runs, fit.form, fit.scale, fit.bounds).but(log_loss=log_loss, weights=weights)
     draws = len(log_loss) if log_loss is not None else len(weights) if weights is not None else 1
     if start is None:
         start = np.repeat(fit.theta[None], draws, axis=0)

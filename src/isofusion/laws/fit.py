@@ -50,6 +50,7 @@ __all__ = [
 
 DELTA = 1e-3
 BOUNDS = (0.01, 3.0)  # of both exponents
+LOOSE = 1e-6  # predicted relative decrease at which the next stage starts
 SAME_BASIN = 1e-6  # relative difference of objectives that still counts as the same end
 RATIO = 0.74  # of successive deltas in the fine continuation
 Starts = Literal["projection", "paper"]
@@ -203,7 +204,7 @@ def follow(theta: Array, problem: Problem, stages: list[float]) -> Solution:
     reach = np.inf  # the largest residual so far
     for stage in stages[:-1]:
         if stage < reach:
-            theta = minimise(theta, problem, stage, tolerance=1e-7).theta
+            theta = minimise(theta, problem, stage, tolerance=LOOSE).theta
             if stage != stages[-2]:
                 reach = float(np.max(np.abs(terms(theta, problem.x, problem.y)[0] - problem.log_loss)))
     return minimise(theta, problem, stages[-1])
@@ -305,12 +306,11 @@ def _search(
     use = form.free[[2, 4]]
     index, weight = merge(low_exponents[:, use] if use.any() else low_exponents)
     main = follow(projector.theta(low_exponents[index], coefficients[index]), problem, fine_continuation(delta))
-    main, others = restart(main, problem, delta, min(1.0, grid / GRID))
-    # the raw projections with the least error go straight to the last stages: another way down, to see other ends
+    # the raw projections with the least error go straight to this delta: another way down, to see other ends
     direct = np.argsort(first.error)[: max(1, len(exponents) // 32)]
-    stages = [d for d in continuation(delta) if d <= max(delta, 1e-2) * 1.001]
-    extra = follow(projector.theta(exponents[direct], first.coefficients[direct]), problem, stages)
-    ends = joined([main, *others, extra])
+    beside = projector.theta(exponents[direct], first.coefficients[direct])
+    main, others = restart(main, problem, delta, min(1.0, grid / GRID), beside)
+    ends = joined([main, *others])
     return ends, np.concatenate([weight, np.zeros(len(ends.theta) - len(weight))])
 
 

@@ -10,17 +10,19 @@ Legend: S starts (or bootstrap draws), m runs, 5 parameters (log E, log A', alph
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from isofusion.laws.forms import Form, Scale
 from isofusion.laws.solve.newton import Solution, newton
+from isofusion.laws.solve.powers import Powers
 from isofusion.laws.table import Array, Runs
 
-__all__ = ["Problem", "Solution", "derivatives", "huber", "jacobian", "minimise", "terms", "value"]
+__all__ = ["Kernel", "Problem", "Solution", "derivatives", "huber", "jacobian", "minimise", "terms", "value"]
 
-CHUNK = 1 << 15  # S * m elements worked on at once, so that temporaries stay in cache
+CHUNK = 1 << 17  # S * m elements worked on at once, so that temporaries stay in cache
 VANISHED = 16.0  # a term this many e-folds below the lowest loss (1e-7 of it) is at its floor
 
 
@@ -49,6 +51,28 @@ class Problem:
         if weights is None:
             weights = np.ones(len(runs))
         return cls(scale.x(runs.n), scale.y(runs.d), log_loss, weights, lower, upper, form.free)
+
+    @cached_property
+    def columns(self) -> tuple[Powers, Powers, Array, Array, Array]:
+        """exp(c - a x) and exp(c - b y); 1, x, x^2 [m, 3], 1, y, y^2 [m, 3] and 1, x, y, xy [m, 4]."""
+        x, y, one = self.x, self.y, np.ones_like(self.x)
+        return (
+            Powers(x),
+            Powers(y),
+            np.stack([one, x, x * x], axis=1),
+            np.stack([one, y, y * y], axis=1),
+            np.stack([one, x, y, x * y], axis=1),
+        )
+
+    def but(self, *, log_loss: Array | None = None, weights: Array | None = None) -> Problem:
+        """The same runs with other losses or weights, [m] or [S, m]; what was computed of their N and D is kept."""
+        other = replace(
+            self,
+            log_loss=self.log_loss if log_loss is None else log_loss,
+            weights=self.weights if weights is None else weights,
+        )
+        vars(other)["columns"] = self.columns
+        return other
 
 
 def terms(theta: Array, x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
@@ -80,34 +104,14 @@ def jacobian(theta: Array, problem: Problem) -> Array:
     return np.stack([p_e, p_a, -problem.x * p_a, p_b, -problem.y * p_b], axis=1)
 
 
-class _Powers:
-    """exp(c - a x) for many (c, a) on one set of runs: computed once per distinct x, of which ladders have few."""
-
-    def __init__(self, x: Array) -> None:
-        values, self.where = np.unique(x, return_inverse=True)
-        self.few = len(values) <= 0.8 * len(x)
-        self.line = np.stack([np.ones_like(values), -values]) if self.few else np.stack([np.ones_like(x), -x])
-
-    def __call__(self, pairs: Array, out: Array) -> Array:
-        """[S, m] into out from pairs (c, a) [S, 2]."""
-        if not self.few:
-            return np.exp(np.matmul(pairs, self.line, out=out), out=out)
-        distinct = pairs @ self.line
-        return np.take(np.exp(distinct, out=distinct), self.where, axis=1, out=out, mode="clip")
-
-
-class _Kernel:
+class Kernel:
     """Objective, gradient and Hessian of one Problem, in preallocated memory for up to `rows` starts at a time."""
 
     def __init__(self, problem: Problem, delta: float, rows: int) -> None:
         self.problem, self.delta = problem, delta
-        x, y = problem.x, problem.y
-        one = np.ones_like(x)
-        self.power_a, self.power_b = _Powers(x), _Powers(y)
-        self.by_a = np.ascontiguousarray(np.stack([one, x, x * x], axis=1))
-        self.by_b = np.ascontiguousarray(np.stack([one, y, y * y], axis=1))
-        self.by_ab = np.ascontiguousarray(np.stack([one, x, y, x * y], axis=1))
-        self.memory = np.empty((8, rows, x.size))
+        power_a, power_b, self.by_a, self.by_b, self.by_ab = problem.columns
+        self.power_a, self.power_b = power_a.anew(), power_b.anew()
+        self.memory = np.empty((8, rows, problem.x.size))
         self.weighted = problem.weights.ndim == 2 or bool((problem.weights != 1.0).any())
 
     def __call__(self, theta: Array, which: np.ndarray) -> tuple[Array, Array, Array]:
@@ -116,14 +120,15 @@ class _Kernel:
         p_a, p_b, r, u, v, v_a, v_b, work = self.memory[:, :k]
         log_loss = problem.log_loss if problem.log_loss.ndim == 1 else problem.log_loss[which]
         weights = problem.weights if problem.weights.ndim == 1 else problem.weights[which]
-        finite = np.where(np.isfinite(theta), theta, 0.0)  # a dropped term: log coefficient -inf
+        there = np.isfinite(theta)
+        finite = theta if there.all() else np.where(there, theta, 0.0)  # a dropped term: log coefficient -inf
         self.power_a(finite[:, 1:3], p_a)
         self.power_b(finite[:, 3:5], p_b)
         with np.errstate(over="ignore"):
             e = np.exp(theta[:, 0:1])
-        for gone, term in ((~np.isfinite(theta[:, 1]), p_a), (~np.isfinite(theta[:, 3]), p_b)):
-            if gone.any():
-                term[gone] = 0.0
+        if finite is not theta:
+            p_a[~there[:, 1]] = 0.0
+            p_b[~there[:, 3]] = 0.0
         np.add(p_a, p_b, out=v)
         v += e  # the prediction; the box keeps every exponent far from overflow, so no maximum is subtracted
         np.log(v, out=r)
@@ -176,7 +181,7 @@ class _Kernel:
 
 def derivatives(theta: Array, problem: Problem, delta: float) -> tuple[Array, Array, Array]:
     """Objective [S], gradient [S, 5], Hessian [S, 5, 5], all exact (at |r| = delta the Hessian is one-sided)."""
-    return _Kernel(problem, delta, len(theta))(theta, np.arange(len(theta)))
+    return Kernel(problem, delta, len(theta))(theta, np.arange(len(theta)))
 
 
 def minimise(
@@ -189,7 +194,7 @@ def minimise(
     slots = min(len(theta), max(8, CHUNK // problem.x.size))
     return newton(
         theta,
-        _Kernel(problem, delta, slots),
+        Kernel(problem, delta, slots),
         problem.lower,
         problem.upper,
         problem.free,

@@ -188,8 +188,7 @@ class Studies:
 
 def noise_threshold(fit: LawFit, constraint: Constraint, level: float, studies: Studies) -> float:
     """Quantile of the profile's excess at the truth over simulated studies."""
-    base = Problem.of(fit.runs, fit.form, fit.scale, fit.bounds)
-    problem = Problem(base.x, base.y, studies.log_loss, base.weights, base.lower, base.upper, base.free)
+    problem = Problem.of(fit.runs, fit.form, fit.scale, fit.bounds).but(log_loss=studies.log_loss)
     start = np.repeat(fit.theta[None], len(studies.objective), axis=0)
     held = minimise_on(start, problem, fit.delta, constraint, constraint.value(start))
     return float(np.quantile(np.maximum(held.objective - studies.objective, 0.0), level))

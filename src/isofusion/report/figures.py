@@ -62,7 +62,7 @@ def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:
         layers = []
         if lines:
             base = alt.Chart(rows_of(lines)).encode(x=x, color=style.arm_colour(arms))
-            layers.append(base.mark_area(opacity=0.13, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q"))
+            layers.append(base.mark_area(opacity=0.13, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2=alt.Y2("hi")))
             layers.append(base.mark_line(strokeWidth=2, clip=True).encode(y=y, strokeDash=style.arm_dash(arms)))
         layers.append(
             alt.Chart(rows_of(points))
@@ -203,7 +203,9 @@ def differences(a: Analysis, layout: Layout) -> Chart | None:
             if rows:
                 base = alt.Chart(rows_of(rows)).encode(x=x)
                 layers.append(
-                    base.mark_area(opacity=0.18, color=tint, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q")
+                    base.mark_area(opacity=0.18, color=tint, clip=True).encode(
+                        y=alt.Y("lo:Q", **_same(y)), y2=alt.Y2("hi")
+                    )
                 )
                 layers.append(base.mark_line(color=tint, clip=True).encode(y=y))
             layers.append(_rule_y(0.0, [1, 0]))
@@ -212,7 +214,8 @@ def differences(a: Analysis, layout: Layout) -> Chart | None:
             whiskers = [s for s in sizes if s["lo"] is not None]
             if whiskers:
                 bars = alt.Chart(rows_of(whiskers)).encode(x=x)
-                layers.append(bars.mark_rule(color=style.INK, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q"))
+                ends = {"y": alt.Y("lo:Q", **_same(y)), "y2": alt.Y2("hi")}
+                layers.append(bars.mark_rule(color=style.INK, clip=True).encode(**ends))
                 layers.append(bars.mark_point(filled=True, size=38, color=style.INK, clip=True).encode(y=y))
             title = [pair["label"], NAMES.get(domain, domain)]
             height = 140 if layout.name == "wide" else 170
@@ -269,7 +272,7 @@ def compute_optimal(a: Analysis, layout: Layout) -> Chart | None:
         inside = [min(max(v, min(values) / 10), max(values) * 10) for v in bounds]
         y = alt.Y("v:Q", **(style.log_axis(values + inside, title, plain=field == "ratio") | {"title": None}))
         base = alt.Chart(rows_of(rows)).encode(x=x, color=style.arm_colour(arms))
-        band = base.mark_area(opacity=0.12, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q")
+        band = base.mark_area(opacity=0.12, clip=True).encode(y=alt.Y("lo:Q", **_same(y)), y2=alt.Y2("hi"))
         dash = alt.StrokeDash(
             "part:N", scale=alt.Scale(domain=["inside", "extrapolated"], range=[[1, 0], [4, 3]]), legend=None
         )

@@ -88,7 +88,7 @@ def image_use(a: Analysis, layout: Layout) -> Chart | None:
             spans.append({"arm": r["arm"], "v": min(ends), "v2": max(ends)})
         x = alt.X("v:Q", **style.linear_axis([d["v"] for d in dots], "loss (nats/token)", ticks=5))
         y = alt.Y("arm:N", sort=arms, title=None, axis=alt.Axis(labelLimit=120))
-        span = alt.Chart(rows_of(spans)).mark_rule(color="#b6bbc1", strokeWidth=2).encode(x=x, x2="v2:Q", y=y)
+        span = alt.Chart(rows_of(spans)).mark_rule(color="#b6bbc1", strokeWidth=2).encode(x=x, x2=alt.X2("v2"), y=y)
         shape = alt.Shape(
             "kind:N",
             scale=alt.Scale(domain=list(kinds), range=["circle", "diamond", "cross"]),

@@ -103,7 +103,7 @@ def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:
         base = _chart(front).encode(x=x)
         if "lo" in front[0]:
             area = base.mark_area(opacity=0.16, color=ORANGE, clip=True)
-            layers.append(area.encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q"))
+            layers.append(area.encode(y=alt.Y("lo:Q", **_same(y)), y2=alt.Y2("hi")))
         layers.append(base.mark_line(strokeWidth=2, color=ORANGE, clip=True).encode(y=y))
     hull = _hull(a)
     if hull:
@@ -177,7 +177,7 @@ def optimal(a: Analysis, layout: Layout) -> Chart | None:
         layers = [_chart(runs).mark_point(filled=True, size=14, opacity=0.45, color=GREY, clip=True).encode(x=x, y=y)]
         if rows[0]["lo"] is not None:
             area = _chart(rows).mark_area(opacity=0.18, color=BLUE, clip=True)
-            layers.append(area.encode(x=x, y=alt.Y("lo:Q", **_same(y)), y2="hi:Q"))
+            layers.append(area.encode(x=x, y=alt.Y("lo:Q", **_same(y)), y2=alt.Y2("hi")))
         layers.append(_chart(rows).mark_line(color=BLUE, strokeWidth=2, clip=True).encode(x=x, y=y))
         asked = [{"c": r["compute"], "v": r["n" if field == "n" else "tokens_per_parameter"]} for r in a.answers]
         if asked:
@@ -267,7 +267,7 @@ def residuals(a: Analysis, layout: Layout) -> Chart | None:
         x = alt.X("x:Q", **style.log_axis(seen, title.split("against ")[1], pad=0.04))
         y = alt.Y("r:Q", **style.linear_axis([-shown, shown], "residual, % of the loss"))
         ends = [{"lo": -band, "hi": band}]
-        layers = [_chart(ends).mark_rect(opacity=0.12, color=BLUE).encode(y=alt.Y("lo:Q", **_same(y)), y2="hi:Q")]
+        layers = [_chart(ends).mark_rect(opacity=0.12, color=BLUE).encode(y=alt.Y("lo:Q", **_same(y)), y2=alt.Y2("hi"))]
         layers.append(_chart([{"r": 0.0}]).mark_rule(color=style.INK).encode(y=y))
         shape = alt.Shape("kind:N", scale=alt.Scale(domain=["in", "beyond"], range=["circle", "cross"]), legend=None)
         colour = alt.Color("kind:N", scale=alt.Scale(domain=["in", "beyond"], range=[BLUE, ORANGE]), legend=None)
@@ -298,7 +298,8 @@ def profiles(a: Analysis, layout: Layout) -> Chart | None:
         x = alt.X("v:Q", **axis)
         y = alt.Y("e:Q", **(style.linear_axis([0.0, 1.6], "objective above its minimum", pad=0.02, ticks=4)))
         span = {"lo": values[0] if p.low is None else p.low, "hi": max(values) if p.high is None else p.high}
-        layers = [_chart([span]).mark_rect(opacity=0.12, color=BLUE).encode(x=alt.X("lo:Q", **_same(x)), x2="hi:Q")]
+        ends = {"x": alt.X("lo:Q", **_same(x)), "x2": alt.X2("hi")}
+        layers = [_chart([span]).mark_rect(opacity=0.12, color=BLUE).encode(**ends)]
         layers.append(_chart([{"e": 1.0}]).mark_rule(strokeDash=[4, 3], color=style.INK).encode(y=y))
         layers.append(_chart(rows).mark_line(color=BLUE, interpolate="monotone", clip=True).encode(x=x, y=y))
         layers.append(_chart(rows).mark_point(color=BLUE, filled=True, size=20, clip=True).encode(x=x, y=y))
@@ -355,7 +356,7 @@ def hold_out(a: Analysis, layout: Layout) -> Chart | None:
     bars = [r for r in rows if r["lo"] is not None]
     if bars:
         rule = _chart(bars).mark_rule(opacity=0.55, clip=True)
-        layers.append(rule.encode(x=x, y=alt.Y("lo:Q", **_same(y)), y2="hi:Q", color=shade))
+        layers.append(rule.encode(x=x, y=alt.Y("lo:Q", **_same(y)), y2=alt.Y2("hi"), color=shade))
     layers.append(_chart(rows).mark_point(filled=True, size=46, opacity=1).encode(x=x, y=y, color=shade))
     panels = [layered(*layers, width=width, height=270, title="predicted against observed")]
     right = _steps(a, width)
@@ -408,7 +409,7 @@ def choices(a: Analysis, layout: Layout) -> Chart | None:
     x = alt.X("n:Q", **style.log_axis(seen, f"N*, parameters, at {power(s.compute)} FLOPs"))
     y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=label, grid=True))
     span = _chart([{"lo": core[0], "hi": core[1]}]).mark_rect(opacity=0.13, color=ORANGE if s.undetermined else BLUE)
-    layers = [span.encode(x=alt.X("lo:Q", **_same(x)), x2="hi:Q")]
+    layers = [span.encode(x=alt.X("lo:Q", **_same(x)), x2=alt.X2("hi"))]
     colour = alt.Color(
         "kind:N",
         scale=alt.Scale(domain=list(kinds), range=list(kinds.values())),

@@ -41,7 +41,7 @@ def png(drawing: str, scale: float = 2.0) -> bytes:
 
 
 _BETWEEN = re.compile("(>[^<>]+<)")
-_FINE = re.compile(r"(\.\d\d)\d+")
+_FINE = re.compile(r"(?<=\.\d\d)\d+")
 
 
 def inline(text: str, label: str) -> str:
@@ -53,7 +53,7 @@ def inline(text: str, label: str) -> str:
     text = re.sub(r'xlink:href="#([^"]+)"', lambda m: f'xlink:href="#{prefix}{m[1]}"', text)
     # hundredths of a pixel are enough; only inside tags, since labels between them are numbers too
     pieces = _BETWEEN.split(text)
-    pieces[::2] = [_FINE.sub(r"\1", piece) for piece in pieces[::2]]
+    pieces[::2] = [_FINE.sub("", piece) for piece in pieces[::2]]
     text = "".join(pieces)
     head = re.match(r"<svg\b[^>]*>", text)
     if not head:

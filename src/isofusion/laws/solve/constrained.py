@@ -14,7 +14,7 @@ import numpy as np
 
 from isofusion.laws.fit import LawFit
 from isofusion.laws.forms import Params
-from isofusion.laws.objective import Problem, Solution, derivatives, jacobian
+from isofusion.laws.objective import Kernel, Problem, Solution, jacobian
 from isofusion.laws.table import Array
 
 WIDTH = 1e-4  # of the differences; coordinates are standardised, so all are of order one
@@ -166,15 +166,10 @@ def minimise_on(
     return result
 
 
-def _rows(problem: Problem, rows: np.ndarray) -> Problem:
-    pick = [v if v.ndim == 1 else v[rows] for v in (problem.log_loss, problem.weights)]
-    return Problem(problem.x, problem.y, pick[0], pick[1], problem.lower, problem.upper, problem.free)
-
-
 def _descend(
     start: Array,
     on: np.ndarray,
-    whole: Problem,
+    problem: Problem,
     delta: float,
     constraint: Constraint,
     want: Array,
@@ -187,9 +182,9 @@ def _descend(
     live = np.flatnonzero(on)
     if not len(live):
         return Solution(theta_all, f_all, g_all, done_all)
-    theta, problem = start[live], _rows(whole, live)
-    damp = np.full(len(live), 1e-3)
-    f, grad, hess = derivatives(theta, problem, delta)
+    theta, damp = start[live], np.full(len(live), 1e-3)
+    derivatives = Kernel(problem, delta, len(live))
+    f, grad, hess = derivatives(theta, live)
     for iteration in range(max_iterations + 1):
         _, slope, bend = constraint.derivatives(theta)
         held = np.broadcast_to(~problem.free, theta.shape).copy()
@@ -221,12 +216,11 @@ def _descend(
             g_all[rows] = np.linalg.norm(g[stop], axis=1)
             keep = ~stop
             live, theta, f, grad, hess, damp, step = (a[keep] for a in (live, theta, f, grad, hess, damp, step))
-            problem = _rows(whole, live)
         if not len(live):
             break
         moved = np.where(problem.free, np.clip(theta + step, problem.lower, problem.upper), theta)
         trial, back = retract(moved, problem, constraint, want[live])
-        f_new, grad_new, hess_new = derivatives(trial, problem, delta)
+        f_new, grad_new, hess_new = derivatives(trial, live)
         better = back & (f_new < f)
         theta = np.where(better[:, None], trial, theta)
         f = np.where(better, f_new, f)

@@ -137,7 +137,7 @@ def newton(
     theta_all = np.where(free, np.clip(start, lower, upper), start)
     f_all, grad_all = np.full(total, np.inf), np.full(total, np.inf)
     done_all = np.zeros(total, dtype=bool)
-    linear = np.array(logs, dtype=np.int64)
+    linear, fixed = np.array(logs, dtype=np.int64), ~free
     live = np.arange(min(slots, total))
     waiting = len(live)
     trial = theta_all[live]
@@ -148,33 +148,41 @@ def newton(
     grad, hess, metric = np.zeros((count, size)), np.zeros((count, size, size)), np.zeros((count, size, size))
     while len(live):
         f_new, grad_new, hess_new, *metric_new = derivatives(trial, live)
-        fresh = np.isinf(f)
         better = f_new < f
-        damp = np.where(fresh, damp, np.where(better, np.where(damp < 1e-9, 0.0, damp * 0.03), _raise(damp)))
-        theta = np.where(better[:, None], trial, theta)
-        f = np.where(better, f_new, f)
-        grad = np.where(better[:, None], grad_new, grad)
-        hess = np.where(better[:, None, None], hess_new, hess)
-        if metric_new:
-            metric = np.where(better[:, None, None], metric_new[0], metric)
-        held = ~free | ((theta <= lower) & (grad > 0)) | ((theta >= upper) & (grad < 0))
-        g = np.where(held, 0.0, grad)
-        h = np.where(held[:, :, None] | held[:, None, :], 0.0, hess) if held.any() else hess
-        if linear.size:
-            h = h.copy()
-            h[:, linear, linear] -= g[:, linear]
+        lowered = np.where(np.isinf(f), damp, np.where(damp < 1e-9, 0.0, damp * 0.03))
+        if better.all():
+            theta, f, grad, hess, damp = trial, f_new, grad_new, hess_new, lowered
+            metric = metric_new[0] if metric_new else metric
+        else:
+            damp = np.where(better, lowered, np.where(np.isinf(f), damp, _raise(damp)))
+            np.copyto(theta, trial, where=better[:, None])
+            np.copyto(f, f_new, where=better)
+            np.copyto(grad, grad_new, where=better[:, None])
+            np.copyto(hess, hess_new, where=better[:, None, None])
+            if metric_new:
+                np.copyto(metric, metric_new[0], where=better[:, None, None])
         lost = ~np.isfinite(f)  # a start at which the law is not defined
-        pairs = held[:, :, None] | held[:, None, :] if metric_new else held
-        step = newton_step(
-            np.where(lost[:, None], 0.0, g), h, damp, np.where(pairs, 0.0, metric) if metric_new else None
-        )
+        held = fixed | ((theta <= lower) & (grad > 0)) | ((theta >= upper) & (grad < 0))
+        g, h, still = grad, hess, bool(held.any())
+        if still:
+            g = np.where(held, 0.0, grad)
+            pairs = held[:, :, None] | held[:, None, :]
+            h = np.where(pairs, 0.0, hess)
+        if linear.size:
+            h = h.copy() if h is hess else h
+            h[:, linear, linear] -= g[:, linear]
+        down = np.where(lost[:, None], 0.0, g) if lost.any() else g
+        step = newton_step(down, h, damp, (np.where(pairs, 0.0, metric) if still else metric) if metric_new else None)
         step *= np.minimum(1.0, 1.0 / np.maximum(np.abs(step / longest).max(axis=1), 1e-300))[:, None]
         if linear.size:
             step *= np.minimum(1.0, MOST_TAKEN / np.maximum(-step[:, linear].min(axis=1), 1e-300))[:, None]
             step[:, linear] = np.log1p(step[:, linear])
-        trial = np.where(held, theta, np.clip(theta + step, lower, upper))
+        trial = np.minimum(np.maximum(theta + step, lower), upper)
+        if still:
+            trial = np.where(held, theta, trial)
         # first-order decrease, twice the Newton decrement; a dropped term sits at -inf and does not move
-        promise = -np.sum(g * np.where(held, 0.0, np.where(free, trial, 0.0) - np.where(free, theta, 0.0)), axis=1)
+        moved = trial - theta if free.all() else np.where(free, trial, 0.0) - np.where(free, theta, 0.0)
+        promise = -np.sum(g * moved, axis=1)
         done = (np.abs(promise) <= tolerance * f) | (f <= tiny)  # a step the box bends may point up: not an end
         stuck = damp > 1e8
         stop = done | stuck | lost | (age >= max_iterations)

@@ -8,8 +8,6 @@ Legend: R restarts, m runs.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from isofusion.laws.objective import Problem, Solution, minimise
@@ -22,10 +20,13 @@ FEWEST, MOST = 8, 32
 LOWER = 1e-7  # relative decrease that counts as a lower end
 
 
-def restart(ends: Solution, problem: Problem, delta: float, effort: float = 1.0) -> tuple[Solution, list[Solution]]:
+def restart(
+    ends: Solution, problem: Problem, delta: float, effort: float = 1.0, beside: Array | None = None
+) -> tuple[Solution, list[Solution]]:
     """(the same ends, each as low as its restarts found, every other end met on the way). The same every time.
 
-    effort: factor on the number of restarts, for callers with thousands of fits to make.
+    effort: factor on the number of restarts, for callers with thousands of fits to make. beside: starts [S, 5] of
+    another kind that are followed in the batch of the first round, whose ends are among the others.
     """
     m = problem.x.size
     tries = max(2, round(float(np.clip(WORK / m, FEWEST, MOST)) * effort))
@@ -35,17 +36,15 @@ def restart(ends: Solution, problem: Problem, delta: float, effort: float = 1.0)
     met: list[Solution] = []
     active = np.argsort(objective)[:GROUPS]
     for _ in range(ROUNDS):
-        draws = rng.multinomial(m, np.full(m, 1.0 / m), size=tries * len(active)).astype(np.float64)
-        away = minimise(
-            np.repeat(theta[active], tries, axis=0),
-            replace(problem, weights=draws * problem.weights),
-            delta,
-            60,
-            1e-6,
-        )
+        count = tries * len(active)
+        draws = rng.multinomial(m, np.full(m, 1.0 / m), size=count).astype(np.float64)
+        start = np.repeat(theta[active], tries, axis=0)
+        if beside is not None and not met:
+            start, draws = np.concatenate([start, beside]), np.concatenate([draws, np.ones((len(beside), m))])
+        away = minimise(start, problem.but(weights=draws * problem.weights), delta, 60, 1e-6)
         back = minimise(away.theta, problem, delta)
         met.append(back)
-        found = np.arange(len(active)) * tries + np.argmin(back.objective.reshape(-1, tries), axis=1)
+        found = np.arange(len(active)) * tries + np.argmin(back.objective[:count].reshape(-1, tries), axis=1)
         lower = back.objective[found] < objective[active] * (1.0 - LOWER)
         active, found = active[lower], found[lower]
         if not len(active):

@@ -3,7 +3,7 @@ for (non-negative least squares on relative errors) and the search is over the t
 
 Every exponent pair of a grid is a start. `descend` follows each to its minimum of the projected least squares (Golub
 and Pereyra 1973; Jacobian after Kaufman 1975), where E, A and B are optimal at every step and no start gets lost on a
-plateau where a term is tiny; starts that met there go on as one. Everything comes from 6 x 6 moment matrices of the
+plateau where a term is tiny; starts that meet go on as one. Everything comes from 6 x 6 moment matrices of the
 columns 1/L, N^-alpha/L, D^-beta/L, their slopes in the exponents, and 1.
 Legend: S starts, m runs.
 """
@@ -21,7 +21,7 @@ from isofusion.laws.table import Array, Runs
 GRID = 16  # exponents per axis of the variable-projection grid
 BLOCK = 1 << 16  # elements of all columns worked on at once, so that they stay in cache
 EXPONENTS = (0.05, 2.0)  # range of the grid
-CUBE = np.array([[bool(k & 1), bool(k & 2), bool(k & 4)] for k in range(1, 8)])
+MET = 1e-3  # starts that come so close on their way down go on as one
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Projector:
         self.inverse = 1.0 / runs.loss
         self.target = np.ones(len(runs)) - (0.0 if form.fixed_e is None else form.fixed_e * self.inverse)
         self.wanted = form.free[[0, 1, 3]]
-        self.subsets = [on for on in CUBE if not (on & ~self.wanted).any()]
         self.low = float(runs.loss.min())
 
     def __call__(self, exponents: Array) -> Projection:
@@ -73,29 +72,41 @@ class Projector:
 
     def _non_negative(self, gram: Array) -> tuple[Array, Array, np.ndarray]:
         """Exact non-negative least squares over every active set: coefficients, error, which are active [S, 3]."""
-        count = len(gram)
-        best = np.full(count, np.inf)
-        coefficients, active = np.zeros((count, 3)), np.zeros((count, 3), dtype=bool)
+        square, right = gram[:, :3, :3].copy(), gram[:, :3, 5]
+        square[:, range(3), range(3)] *= 1.0 + 1e-13
         total = float(self.target @ self.target)
-        left = np.arange(count)
-        for on in sorted(self.subsets, key=lambda s: -int(s.sum())):
-            if not len(left):
-                break
-            idx = np.flatnonzero(on)
-            sub = np.moveaxis(gram[left][:, idx[:, None], idx], 0, 2).copy()
-            sub[range(len(idx)), range(len(idx))] *= 1.0 + 1e-13
-            solved, positive = solve_positive(sub, gram[left][:, idx, 5].T)
-            solved = solved.T
-            error = total - np.sum(solved * gram[left][:, idx, 5], axis=1)
-            ok = positive & (solved >= 0).all(axis=1) & (error < best[left])
-            rows = left[ok]
-            best[rows] = error[ok]
-            coefficients[rows] = 0.0
-            coefficients[rows[:, None], idx] = solved[ok]
-            active[rows] = on
-            if len(idx) == int(self.wanted.sum()):  # feasible with every term: no smaller set is better
-                left = left[~ok]
-        return coefficients, best, active
+        coefficients, active = np.zeros((len(gram), 3)), np.zeros((len(gram), 3), dtype=bool)
+        error = np.full(len(gram), np.inf)
+        left = np.arange(len(gram))
+        if self.wanted.all():
+            solved, positive = solve_positive(np.ascontiguousarray(np.moveaxis(square, 0, 2)), right.T.copy())
+            ok = positive & (solved >= 0).all(axis=0)
+            coefficients[ok], active[ok] = solved.T[ok], True
+            error[ok] = total - np.sum(solved.T[ok] * right[ok], axis=1)
+            left = left[~ok]  # where all three are positive no smaller set is better
+        if not len(left):
+            return coefficients, error, active
+        square, right = square[left], right[left]
+        on = np.concatenate([np.eye(3, dtype=bool), np.zeros((3, 3), dtype=bool)])
+        sets = np.zeros((len(left), 6, 3))  # of one coefficient each, of two each
+        for i in range(3):
+            sets[:, i, i] = right[:, i] / square[:, i, i]
+        for at, (i, j) in enumerate(((0, 1), (0, 2), (1, 2)), start=3):
+            on[at, [i, j]] = True
+            det = square[:, i, i] * square[:, j, j] - square[:, i, j] ** 2
+            det = np.where(det > 1e-14 * square[:, i, i] * square[:, j, j], det, np.nan)
+            sets[:, at, i] = (right[:, i] * square[:, j, j] - right[:, j] * square[:, i, j]) / det
+            sets[:, at, j] = (right[:, j] * square[:, i, i] - right[:, i] * square[:, i, j]) / det
+        errors = total - np.matmul(sets, right[..., None])[..., 0]
+        errors[~(sets >= 0).all(axis=2)] = np.inf
+        errors[:, (on & ~self.wanted).any(axis=1)] = np.inf
+        best = np.argmin(errors, axis=1)
+        rows = np.arange(len(left))
+        found = np.isfinite(errors[rows, best])
+        coefficients[left] = np.where(found[:, None], sets[rows, best], 0.0)
+        active[left] = on[best] & found[:, None]
+        error[left] = errors[rows, best]
+        return coefficients, error, active
 
     def theta(self, exponents: Array, coefficients: Array) -> Array:
         """Solver coordinates [S, 5]; a term projected away starts small, not at zero, where its gradient vanishes."""
@@ -144,7 +155,8 @@ def descend(
 ) -> tuple[Array, Array, Array]:
     """Follow every start to its projected minimum: exponents [S, 2], coefficients [S, 3], error [S].
 
-    Levenberg-Marquardt in the two exponents, inside the bounds, each start with its own damping.
+    Levenberg-Marquardt in the two exponents, inside the bounds, each start with its own damping; starts that meet on
+    the way go on as one.
     """
     scale = projector.scale
     spread = np.array([scale.spread_n, scale.spread_d])
@@ -153,6 +165,7 @@ def descend(
     gradient, curvature = first.gradient.copy(), first.curvature.copy()
     damp = np.full(len(z), 1e-3)
     live = np.arange(len(z))
+    owner = np.arange(len(z))  # the start that goes on for each
     for _ in range(iterations):
         g, h = gradient[live], curvature[live]
         held = ((z[live] <= lower) & (g > 0)) | ((z[live] >= upper) & (g < 0))
@@ -171,7 +184,7 @@ def descend(
         # at most a factor 2 and a fixed length: far out the projected surface is flat
         step = np.clip(step, -0.5 * z[live] - 1e-3, np.maximum(z[live], 0.05))
         trial = np.clip(z[live] + step, lower, upper)
-        moved = np.abs(trial - z[live]).max(axis=1) > 1e-7
+        moved = np.abs(trial - z[live]).max(axis=1) > 1e-5
         live, trial = live[moved], trial[moved]
         if not len(live):
             break
@@ -182,7 +195,13 @@ def descend(
         z[rows], coefficients[rows], error[rows] = trial[better], new.coefficients[better], new.error[better]
         gradient[rows], curvature[rows] = new.gradient[better], new.curvature[better]
         live = live[damp[live] < 1e6]
-    return z, coefficients, error
+        cell = np.round(z[live] / MET).astype(np.int64)
+        _, first_of, of = np.unique(cell[:, 0] * (1 << 31) + cell[:, 1], return_index=True, return_inverse=True)
+        owner[live] = live[first_of][of]
+        live = live[first_of]
+    while (owner != owner[owner]).any():
+        owner = owner[owner]
+    return z[owner], coefficients[owner], error[owner]
 
 
 def merge(points: Array, resolution: float = 2e-3) -> tuple[np.ndarray, Array]:
