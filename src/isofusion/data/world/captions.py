@@ -7,7 +7,7 @@ from isofusion.data.world.document import Document
 from isofusion.data.world.scene import CAPTION_COUNT
 from isofusion.data.world.vocab import GRAMMAR, STOP
 
-P_SIGN = 0.4
+P_SIGN = 0.1  # reading a drawn numeral is learnt by luck of the seed: rare, so that luck does not decide a loss
 RELATE = table((0.75, 0.25))  # say where one entity is seen from another: a skill that small models never learn
 P_SUM = 0.5  # chance of an addition in words before a question
 LONGEST = 1 + 6 * (4 + 2) + 2 + 1 + 4 + 3 + 5 + 4  # describe, sign, stop, relate, rim, question and answer, sum

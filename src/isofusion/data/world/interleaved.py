@@ -18,7 +18,7 @@ from isofusion.data.world.vocab import (
 )
 
 MAX_IMAGES = 4
-P_SIGN = 0.25
+P_SIGN = 0.1
 P_END = (0.0, 0.0, 0.35, 0.5, 1.0)  # chance to end after that many images
 P_ASK_FIRST = 0.45  # chance that a question comes before the next image
 MAX_EXTRAS = 3

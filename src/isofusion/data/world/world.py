@@ -25,7 +25,7 @@ from isofusion.data.world.scene import Renderer
 from isofusion.data.world.vocab import CLASSES, MOD, WorldTokenizer
 from isofusion.errors import InputError
 
-VERSION = 3
+VERSION = 4
 """Raise it when any document changes: it is part of the digest that caches and fingerprints use."""
 
 CHANCE: dict[str, float | None] = {
