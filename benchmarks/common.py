@@ -19,7 +19,7 @@ from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.data.pack import finish
 from isofusion.data.sample import DOMAINS
-from isofusion.study.run import MALLOC
+from isofusion.study.pool import MALLOC
 from isofusion.train.process import environment
 
 RESULTS = Path(__file__).parent / "results"

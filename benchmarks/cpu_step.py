@@ -28,7 +28,7 @@ from isofusion.data.stream import Stream
 from isofusion.model.count import batch_shape, flops
 from isofusion.model.decoder import Decoder
 from isofusion.model.init import init_weights
-from isofusion.study.run import MALLOC
+from isofusion.study.pool import MALLOC
 from isofusion.train.optimizer import build_optimizer
 from isofusion.train.process import environment, reproducible
 from isofusion.train.step import choose_precision, train_step

@@ -74,7 +74,7 @@ def test_a_gpu_study_is_prepared_before_its_runs_start(spec: StudySpec, monkeypa
     """Blocks of the longest run, and the card's own rate, both while nothing else runs."""
     if importlib.util.find_spec("torch") is None:  # asked for by name only: importing it costs more than the test
         pytest.skip("training needs the [train] extra")
-    from isofusion.study import run as pool
+    from isofusion.study import run
 
     class Nothing:
         """A stream that costs nothing to open."""
@@ -92,8 +92,8 @@ def test_a_gpu_study_is_prepared_before_its_runs_start(spec: StudySpec, monkeypa
     monkeypatch.setattr("isofusion.study.gpu.gpu_bytes", lambda: 140e9)
     monkeypatch.setattr("isofusion.study.gpu.measure_peak", lambda: calls.append(("peak",)))
     monkeypatch.setattr("isofusion.data.generate.generate", lambda *arguments: calls.append(arguments))
-    pool.prepare(spec)
+    run.prepare(spec)
     (data, seeds, rows, steps, processes), last = calls
-    assert (data, seeds, rows, processes) == (spec.data, [0], 32, pool.cores())
+    assert (data, seeds, rows, processes) == (spec.data, [0], 32, run.cores())
     assert steps == 33554432 // (32 * 256)
     assert last == ("peak",)

@@ -19,8 +19,9 @@ from isofusion.errors import InputError, RunFailure
 from isofusion.study import ledger
 from isofusion.study.holder import only_one
 from isofusion.study.progress import make_progress
-from isofusion.study.run import Interrupted, run_study, thread_budget
+from isofusion.study.run import Interrupted, run_study
 from isofusion.study.spec import StudySpec
+from isofusion.study.split import thread_budget
 
 COUNTS = dict.fromkeys(ledger.COUNTS, 1000)
 
@@ -297,7 +298,7 @@ def test_a_worker_stops_when_its_pool_is_gone(toml: Path, tmp_path: Path, fake: 
 
 
 def test_thread_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isofusion.study.run.cores", lambda: 8)
+    monkeypatch.setattr("isofusion.study.split.cores", lambda: 8)
     assert thread_budget(None, None) == (8, 1)
     assert thread_budget(None, 3) == (2, 3)
     with pytest.raises(InputError, match="4 jobs x 3 threads is more than the 8 cores"):

@@ -165,8 +165,8 @@ def run_command(
     With --on slurm the runs are submitted as jobs and this returns; `isofusion study status` follows them.
     """
     from isofusion.study.lock import LOCK, check_lock, read_lock, write_lock
-    from isofusion.study.run import Interrupted, prepare, refuse_what_does_not_fit, run_study, thread_budget
-    from isofusion.study.split import choose_split
+    from isofusion.study.run import Interrupted, prepare, refuse_what_does_not_fit, run_study
+    from isofusion.study.split import choose_split, thread_budget
 
     asked: dict[str, Any] = {
         "time": time,

@@ -23,9 +23,10 @@ from rich.console import Console
 
 from isofusion.config import RunConfig
 from isofusion.errors import InputError, RunFailure
+from isofusion.processors import cores
 from isofusion.study.lock import versions, write_atomic
+from isofusion.study.pool import TRAIN, Pool
 from isofusion.study.progress import Progress
-from isofusion.study.run import TRAIN, Pool, cores
 from isofusion.study.spec import StudySpec
 
 NOMINAL_IMAGE_SHARE = 0.544  # of the tokens of the paper's mixture (reference/paper.md)

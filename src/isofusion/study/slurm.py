@@ -27,7 +27,7 @@ from isofusion.errors import InputError
 from isofusion.study import jobs
 from isofusion.study.holder import only_one
 from isofusion.study.lock import record_session
-from isofusion.study.run import MALLOC, THREAD_VARIABLES, TRAIN, fork_ready, is_done, reopen
+from isofusion.study.pool import MALLOC, THREAD_VARIABLES, TRAIN, fork_ready, is_done, reopen
 from isofusion.study.slurmjob import ReportJob, RunJob
 from isofusion.study.spec import StudySpec, cost_hint
 

@@ -26,8 +26,8 @@ from isofusion.errors import InputError, RunFailure
 from isofusion.study.jobs import FAILURE, JOBS, append, events, now
 from isofusion.study.ledger import progress_of
 from isofusion.study.lock import locked_spec, read_lock, write_atomic
+from isofusion.study.pool import fork_of, fork_ready
 from isofusion.study.progress import Progress
-from isofusion.study.run import fork_of, fork_ready
 from isofusion.study.worker import load
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

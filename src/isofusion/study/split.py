@@ -14,10 +14,11 @@ from pathlib import Path
 from rich.console import Console
 
 from isofusion.errors import InputError
+from isofusion.processors import cores
 from isofusion.study.estimate import data_is_here, estimate, installed, nominal_shape, step_flops
 from isofusion.study.gpu import gpu_bytes, gpu_split
+from isofusion.study.pool import TRAIN
 from isofusion.study.progress import duration
-from isofusion.study.run import TRAIN, cores, thread_budget
 from isofusion.study.spec import StudySpec
 
 NARROW_STEP = 1e10
@@ -39,6 +40,18 @@ class Split:
             return []
         listed = "; ".join(f"{jobs} x {threads}: {duration(seconds)}" for jobs, threads, seconds in self.tried)
         return [f"jobs x threads by a probe of this study's models ({listed}): {self.jobs} x {self.threads}"]
+
+
+def thread_budget(jobs: int | None, threads: int | None) -> tuple[int, int]:
+    """(jobs, threads per job) within the cores; default: one thread each, as many jobs as cores. Raises InputError."""
+    available = cores()
+    threads = 1 if threads is None else threads
+    if threads < 1 or (jobs is not None and jobs < 1):
+        raise InputError("--jobs and --threads must be at least 1")
+    jobs = max(1, available // threads) if jobs is None else jobs
+    if jobs * threads > available:
+        raise InputError(f"{jobs} jobs x {threads} threads is more than the {available} cores here; lower one of them")
+    return jobs, threads
 
 
 def candidates(available: int) -> list[tuple[int, int]]:

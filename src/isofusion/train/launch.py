@@ -19,7 +19,7 @@ from typing import Any
 from isofusion.config import RunConfig
 from isofusion.errors import InputError, RunFailure
 from isofusion.study.lock import locked_spec
-from isofusion.study.run import FAILURE
+from isofusion.study.pool import FAILURE
 from isofusion.train.checkpoint import write_atomic
 from isofusion.train.loop import Event, train_run
 from isofusion.train.parallel import TIMEOUT_S, LostRank, connected
