@@ -39,10 +39,8 @@ def restart(
         count = tries * len(active)
         draws = rng.multinomial(m, np.full(m, 1.0 / m), size=count).astype(np.float64)
         start = np.repeat(theta[active], tries, axis=0)
-        if beside is not None and not met:
-            start, draws = np.concatenate([start, beside]), np.concatenate([draws, np.ones((len(beside), m))])
-        away = minimise(start, problem.but(weights=draws * problem.weights), delta, 60, 1e-6)
-        back = minimise(away.theta, problem, delta)
+        away = minimise(start, problem.but(weights=draws * problem.weights), delta, 60, 1e-6).theta
+        back = minimise(away if beside is None or met else np.concatenate([away, beside]), problem, delta)
         met.append(back)
         found = np.arange(len(active)) * tries + np.argmin(back.objective[:count].reshape(-1, tries), axis=1)
         lower = back.objective[found] < objective[active] * (1.0 - LOWER)
