@@ -29,7 +29,7 @@ check: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-ladder: $(READY)  ## the careful ladder (at most 2 hours on 2 cores)
+ladder: $(READY)  ## the careful ladder (about 2 hours on 2 cores)
 	$(BIN)/isofusion study run studies/world-ladder.toml --out $(OUT)/world-ladder --resume
 
 openstax: $(READY)  ## real data: make openstax DATA=FOLDER

@@ -4,7 +4,7 @@
 
 Pools: "wide", 10 sizes x 10 token budgets over three decades each (1e7..1e10 parameters, 2e8..2e11 tokens), and
 "narrow", 9 x 7 over two (2e7..2e9, 4e8..4e10); branches of one trunk per size, so costs are shared as in a study
-(DESIGN.md section 6); trunk luck 0.2 %, branch noise 0.1 % of the loss. "..., three seeds": the same, but each cell can
+(docs/study-file.md); trunk luck 0.2 %, branch noise 0.1 % of the loss. "..., three seeds": the same, but each cell can
 be trained up to three times (a trunk of its own each time); "the whole pool" is still every cell once, and the budget
 15 % of what that costs. Target: nine points at 3, 10 and 30 times the largest run's compute, at 5, 20 and 80 tokens per
 parameter. Laws: Chinchilla as refitted by Besiroglu et al.; strong beta and small alpha; and a p-norm sum (p = 1.25) of

@@ -66,7 +66,7 @@ class ModelConfig(Frozen):
         return self.encoder_depth or self.depth
 
     def hidden(self, width: int | None = None) -> int:
-        """SwiGLU hidden size h(d) = m * ceil(int(2 * 4d / 3) / m) (paper.md 2.2)."""
+        """SwiGLU hidden size h(d) = m * ceil(int(2 * 4d / 3) / m) (the rule of OpenLM; N then is the paper's)."""
         d = width or self.width
         return self.ffn_multiple * -(-int(2 * 4 * d / 3) // self.ffn_multiple)
 
@@ -107,7 +107,7 @@ class SourceConfig(Frozen):
 
 
 class WorldConfig(Frozen):
-    """The built-in world (DESIGN.md section 5)."""
+    """The built-in world (docs/world.md)."""
 
     seed: int = 0
     entity_bits: Annotated[int, Field(ge=2, le=20)] = 20
@@ -168,7 +168,7 @@ class TrainConfig(Frozen):
 
 
 class RunConfig(Frozen):
-    """One run: a trunk at constant learning rate, or a branch (cool-down) forked from it (DESIGN.md section 6)."""
+    """One run: a trunk at constant learning rate, or a branch (cool-down) forked from it (docs/study-file.md)."""
 
     study: str
     arm: str

@@ -1,4 +1,4 @@
-"""Packing: the edges of DESIGN.md section 3, nothing lost, nothing split."""
+"""Packing: the edges, nothing lost, nothing split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 at the worst moments, then `study run --resume`: the same bits at the end (DESIGN.md sections 6-7)."""
+"""kill -9 at the worst moments, then `study run --resume`: the same bits at the end."""
 
 from __future__ import annotations
 

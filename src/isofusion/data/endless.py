@@ -2,7 +2,7 @@
 
 Block b of (seed, domain) holds as many of the documents i = 0, 1, 2, ... as best-fit decreasing packs into 64 rows: a
 prefix, so no length is favoured, in rows of shuffled order. Every arm and size of a study reads the same files. A file
-is a JSON head with the statistics of its rows and a zstd frame; measured 1.3 MB for 64 rows of 256 slots at 48 px.
+is a JSON head with the statistics of its rows and a zstd frame; measured 1.1 MB for 64 rows of 256 slots at 48 px.
 """
 
 from __future__ import annotations

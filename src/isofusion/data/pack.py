@@ -1,4 +1,4 @@
-"""Packing: documents -> pieces -> rows -> one PackedBatch (DESIGN.md section 3).
+"""Packing: documents -> pieces -> rows -> one PackedBatch.
 
 A document is BOS, its segments, EOS. One longer than a row is cut into pieces: each opens with BOS, only the last has
 EOS, an image is never split. Each text token and EOS is a target once at most: at the slot before it, when that slot is

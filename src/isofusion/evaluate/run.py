@@ -2,7 +2,7 @@
 
 Beside each loss stand the numbers that give it meaning: the oracle entropy (what N, D -> infinity can reach), the same
 to a reader of the text alone (the difference is what the images tell), the learner's bound (what this many exposures
-can reach: oracle plus the names never seen in training, DESIGN.md section 5), and chance (a uniform guess over the
+can reach: oracle plus the names never seen in training, docs/world.md), and chance (a uniform guess over the
 vocabulary; per class, over the possible answers).
 """
 

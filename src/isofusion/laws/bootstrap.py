@@ -1,6 +1,6 @@
 """Intervals for a fitted law and for anything computed from it.
 
-Default: hierarchical parametric bootstrap (DESIGN.md section 6). Branches of one trunk share its luck, so a simulated
+Default: hierarchical parametric bootstrap (docs/laws.md). Branches of one trunk share its luck, so a simulated
 study is  log L* = log L_fit + u_trunk + e_branch  with the spreads of noise.py, drawn too, and it is refitted with the
 objective of the fit. Options: resampled residuals (leverage-corrected), rows, or trunks (clusters); rows of one trunk
 are not independent, so row and residual intervals are too narrow where trunks have luck. What the options cost in

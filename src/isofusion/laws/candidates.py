@@ -1,6 +1,6 @@
 """What can be run and what is wanted: candidate runs with their costs, and the target region of a design.
 
-Costs are FLOPs of training. Branches of one trunk share its constant-rate prefix (DESIGN.md section 6), so with
+Costs are FLOPs of training. Branches of one trunk share its constant-rate prefix (docs/study-file.md), so with
 `shared` a candidate is cheap beside a longer branch of the same size. Units: n parameters, d tokens, cost FLOPs.
 Legend: c candidates, t target points, M members.
 """

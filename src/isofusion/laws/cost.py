@@ -1,6 +1,6 @@
 """Training FLOPs per token against N: C = k(N) D, the x-axis every compute-optimal answer stands on.
 
-Three ways to count (DESIGN.md section 4): C = 6 N D; late fusion, C = 6 D (f N_v + N_t), where only the share f of
+Three ways to count (docs/models.md): C = 6 N D; late fusion, C = 6 D (f N_v + N_t), where only the share f of
 tokens that are image patches passes the encoder and N_v is a linear function of N (arXiv 2504.07951 App. C.2:
 embeddings break a fixed ratio); and any table's own FLOPs, e.g. the exact ledger. Units: C in FLOPs, N and N_v in
 parameters, D in tokens; N = N_v + N_t is the total.

@@ -1,7 +1,7 @@
 """Does the law predict runs it has not seen? Hold-outs against baselines that need no law.
 
 Errors are relative, once to the loss and once to the *reducible* loss L - oracle: near the floor a law that is blind
-looks good in plain loss (DESIGN.md section 5). Without an oracle the fitted E stands in and the result says so.
+looks good in plain loss (docs/world.md). Without an oracle the fitted E stands in and the result says so.
 Baselines: the next smaller size's loss at equal D; k C^c through the training envelope; the nearest run in (log N,
 log D). `accuracy` are the numbers of arXiv 2504.07951 Table 10. Growing N or C step by step: `isofusion.laws.rollout`.
 `study_report` gathers the numbers a study is judged by. Legend: h held-out rows.

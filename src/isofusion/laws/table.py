@@ -1,7 +1,7 @@
 """The table every fit starts from: one row per finished run, checked once so that no fit sees a bad number.
 
 Units: n in parameters, d in tokens, c in FLOPs, loss in nats per token. `size` labels runs of one model size, `group`
-labels the trunk (runs of one group share its luck: DESIGN.md section 6), `seed` tells repeated trunks apart.
+labels the trunk (runs of one group share its luck: docs/study-file.md), `seed` tells repeated trunks apart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention over packed documents: one predicate (DESIGN.md section 3), three executions of it, chosen once per batch.
+"""Attention over packed documents: one predicate, three executions of it, chosen once per batch.
 
 A slot sees the earlier slots of its own document and, inside an image, every patch of that image (arXiv 2504.07951,
 section 2.3: causal for text, bidirectional for image tokens). Padding sees itself only, so nothing is ever NaN.

@@ -1,4 +1,4 @@
-"""Counting: parameters by role and the FLOP ledger, the x-axis of every law (DESIGN.md section 4). No torch needed.
+"""Counting: parameters by role and the FLOP ledger, the x-axis of every law (docs/models.md). No torch needed.
 
 `count_parameters` is a closed form that tests hold against the real modules; `flops` is the exact ledger of the matrix
 products a batch needs, with the attention pairs its mask really allows; `six_nd` is the paper's approximation.
@@ -186,9 +186,9 @@ def flops(cfg: ModelConfig, shape: BatchShape, training: bool = True) -> dict[st
 
 
 def six_nd(cfg: ModelConfig, tokens: float, image_share: float) -> float:
-    """Training FLOPs as the paper counts them, for D = `tokens` of which `image_share` are patches (paper.md 1, 2.3).
+    """Training FLOPs as the paper counts them, for D = `tokens` of which `image_share` are patches.
 
-    Early 6 N D; late 6 D (f N_v + N_t), f the share of image tokens; experts 6 N_active D.
+    arXiv 2504.07951 section 2: early 6 N D; late 6 D (f N_v + N_t), f the share of image tokens; experts 6 N_active D.
     """
     n = count_parameters(cfg)
     if cfg.fusion == "late":

@@ -1,4 +1,4 @@
-"""The model every arm shares: one decoder, with an early or a late image front end (DESIGN.md section 3).
+"""The model every arm shares: one decoder, with an early or a late image front end (docs/models.md).
 
 Early fusion: patches -> one linear layer -> their slots. Late: patches -> ViT -> linear connector -> their slots.
 Loss is next-token prediction on text only, so the head runs only at slots that have a target (arXiv 2504.07951, 2.3).

@@ -40,7 +40,7 @@ def role_of(name: str) -> str:
 
 
 def decays(name: str) -> bool:
-    """Weight decay acts on matrices, not on the gains of norms (paper.md 3.1)."""
+    """Weight decay acts on matrices, not on the gains of norms (arXiv 2504.07951 Table 6)."""
     return not role_of(name).endswith("norm")
 
 

@@ -1,4 +1,4 @@
-"""What a study will cost, before it is paid: runs, N, D, FLOPs, epochs, time, memory, disk (DESIGN.md section 6).
+"""What a study will cost, before it is paid: runs, N, D, FLOPs, epochs, time, memory, disk (docs/study-file.md).
 
 FLOPs come from the ledger in `model.count`, at the realised shape of packed rows where the data is here, else at the
 paper's image share. Time comes from a short probe (a few real steps of every arm at its smallest and largest size, as
@@ -29,7 +29,7 @@ from isofusion.study.pool import TRAIN, Pool
 from isofusion.study.progress import Progress
 from isofusion.study.spec import StudySpec
 
-NOMINAL_IMAGE_SHARE = 0.544  # of the tokens of the paper's mixture (reference/paper.md)
+NOMINAL_IMAGE_SHARE = 0.544  # of the tokens of the paper's mixture (arXiv 2504.07951)
 ASSUMED_FLOPS = 2e10  # per second and thread, a small model on a CPU core, without a probe
 GPU_FLOPS = 0.4 * 989e12  # one H100 at 40 % of its dense bf16 peak
 GPU_STUDY = 1e18  # FLOPs of a study that no CPU will run: costed in H100 time

@@ -1,4 +1,4 @@
-"""`study.lock`: what was decided before training (DESIGN.md section 6, "Plan before spend").
+"""`study.lock`: what was decided before training (docs/study-file.md).
 
 The lock holds the whole resolved study, the hold-out, metric and exclusions with their own digest, the digest of every
 run, the package versions and the thread budget. A study whose definition differs from its lock does not run; whatever

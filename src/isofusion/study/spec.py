@@ -1,4 +1,4 @@
-"""A study = arms x sizes x seeds x token budgets, read from TOML and expanded into runs (DESIGN.md section 6).
+"""A study = arms x sizes x seeds x token budgets, read from TOML and expanded into runs (docs/study-file.md).
 
 Each (arm, size, seed) is one trunk at constant learning rate; each budget D_k is a branch, the cool-down over its last
 share (20 %), forked from the trunk at 0.8 D_k. So k budgets cost 0.8 D_max + 0.2 sum(D) token slots instead of sum(D)
@@ -22,7 +22,7 @@ from isofusion.errors import InputError
 from isofusion.study.checks import apply_override, choice, distinct, known_keys, make
 
 MULTIPLIERS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-WARMUP_SHARE = 0.1  # of the smallest budget (DESIGN.md section 6)
+WARMUP_SHARE = 0.1  # of the smallest budget (docs/study-file.md)
 REMARKS = ("title", "description", "assumed")  # words for people; changing them changes no run
 SIZE_TRAIN_KEYS = ("lr", "warmup_steps", "encoder_lr_scale")
 METRIC = "validation loss per domain after the cool-down, nats per target token"

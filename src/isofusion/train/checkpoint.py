@@ -1,4 +1,4 @@
-"""Checkpoints that a kill, a full disk or bit rot cannot turn into a wrong run (DESIGN.md section 7).
+"""Checkpoints that a kill, a full disk or bit rot cannot turn into a wrong run (docs/run-folder.md).
 
 `checkpoints/step_N/` holds model.safetensors, optimizer.safetensors, state.json and manifest.json (size and sha256 of
 the other three); a run on many ranks writes one shard-* file a rank instead of the first two (sharded.py). Order of a

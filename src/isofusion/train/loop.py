@@ -1,5 +1,5 @@
 """Train one run from wherever it stands to its end: the run folder is the truth, and a kill costs no more than the
-updates since the last checkpoint (DESIGN.md sections 6 and 7).
+updates since the last checkpoint (docs/study-file.md, docs/run-folder.md).
 
 Files: run.json (config, digests), env.json, metrics.jsonl, checkpoints/step_N; at the end flops.json, data.json and,
 for a branch, eval.json and eval_docs.npz; DONE last. On many ranks (parallel.py) rank 0 writes all of them but its

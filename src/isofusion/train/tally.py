@@ -1,6 +1,6 @@
 """What a run has consumed so far, as exact integers that ride in every checkpoint; FLOPs are computed from them.
 
-D counts text and image tokens, never padding (DESIGN.md section 4). A branch starts from its parent's tally, so its
+D counts text and image tokens, never padding (docs/models.md). A branch starts from its parent's tally, so its
 totals are those of the whole path from step 0; `wall_s`, `input_wait_s` and what is called own are this run's alone.
 """
 

@@ -1,4 +1,4 @@
-"""The built-in procedural image-text world (DESIGN.md section 5)."""
+"""The built-in procedural image-text world (docs/world.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learner's bound: what no learner can know after n exposures (DESIGN.md section 5; Good-Turing's missing mass).
+"""The learner's bound: what no learner can know after n exposures (docs/world.md; Good-Turing's missing mass).
 
 An entity never named in training has, to anyone who does not know the bijection, a name that is uniform over the names
 not yet taken. Every naming counts as an exposure, with a glyph or without, so n is never too small and the bound holds.

@@ -1,9 +1,9 @@
 """Every random choice of a document goes through one object: its probability is known, and a test can enumerate it.
 
 A document is written left to right. `Chooser.choose` draws from an explicit distribution; `Writer` turns choices into
-tokens with their -log p given what is visible so far. Two rules keep the oracle exact (DESIGN.md section 5):
+tokens with their -log p given what is visible so far. Two rules keep the oracle exact (docs/world.md):
 - a choice is revealed by the next text token, whose nats it joins (`Writer.defer`);
-- whether the next segment is an image is not scored, because a slot before an image has no target (DESIGN.md 3), so
+- whether the next segment is an image is not scored, because a slot before an image has no target, so
   the text options at such a point are conditional on text coming next (`table(..., text=...)`).
 Beside it each token carries its nats to a reader of the text alone, to whom images stay shut: H(text).
 """

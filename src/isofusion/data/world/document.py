@@ -110,7 +110,7 @@ class Document(Writer):
     def question(self, free_sides: list[int], p_sum: float = 0.0) -> Question:
         """`ask one top`: side uniform among those not spoken of yet.
 
-        With chance `p_sum` an addition in words goes before, `ask one two zero`: the same sum with nothing to see.
+        With chance `p_sum` an addition in words goes before, `ask one one zero`: the same sum with nothing to see.
         """
         self.put(ASK, GRAMMAR)
         operand = self.chooser.choose(OPERAND, "operand")
@@ -147,7 +147,7 @@ class Document(Writer):
         scene.related.append((a, b))
 
     def read_rim(self, scene: Scene) -> None:
-        """`rim top two`: the tone of a bar read out, on a side that no question asks about."""
+        """`rim top one`: the tone of a bar read out, on a side that no question asks about."""
         self.put(RIM, GRAMMAR)
         side = scene.free_sides.pop(self.pick([SIDES[s] for s in scene.free_sides], CHOICE))
         self.put(NUMERALS[scene.bars[side]], TONE, blind=math.log(MOD))

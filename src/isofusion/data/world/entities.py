@@ -1,4 +1,4 @@
-"""The entities: 2^bits of them, Zipf-frequent, each with a name, a glyph and a place in a class tree (DESIGN.md 5).
+"""The entities: 2^bits of them, Zipf-frequent, each with a name, a glyph and a place in a class tree (docs/world.md).
 
 Names and glyphs are bijections (alternating Feistel networks over hashes of the world's seed), so a name says nothing
 about the glyph beyond what was seen together, and both are injective. The first part of a glyph is the leaf of a

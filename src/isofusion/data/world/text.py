@@ -128,7 +128,7 @@ def _fact(doc: Document, rules: Rules) -> None:
 
 
 def _sum(doc: Document, rules: Rules) -> None:
-    """`sum one two zero`: addition mod m, the same table that the questions about bars need."""
+    """`sum one one zero`: addition mod m, the same table that the questions about bars need."""
     doc.put(SUM, GRAMMAR)
     a = doc.pick(NUMERALS[:MOD], CHOICE)
     b = doc.pick(NUMERALS[:MOD], CHOICE)

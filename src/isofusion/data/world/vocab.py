@@ -1,4 +1,4 @@
-"""The world's 512 words, its tokenizer, and the classes its tokens are reported in (DESIGN.md section 5).
+"""The world's 512 words, its tokenizer, and the classes its tokens are reported in (docs/world.md).
 
 One word is one token, so the entropy of a document is known exactly. The layout is fixed: it does not depend on a seed.
 """

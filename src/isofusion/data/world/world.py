@@ -1,4 +1,4 @@
-"""The built-in world: a deterministic, endless source of documents whose entropy is known (DESIGN.md section 5).
+"""The built-in world: a deterministic, endless source of documents whose entropy is known (docs/world.md).
 
 `World.sample(split_seed, domain, block, i)` is a pure function of the world's config and its four arguments: Philox
 with key (world seed, split seed) and counter (domain, block, i, 0). The structure (names, glyphs, traits, rules)

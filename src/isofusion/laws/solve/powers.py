@@ -3,7 +3,7 @@
 Two shortcuts, both exact to rounding. Runs share their x (ladders have few sizes), so each distinct x is computed once.
 And the rows of one call have nearly the same exponent (draws of one bootstrap), so exp(-a x) is a few terms of its
 Taylor series in a, one matrix product, instead of an exponential per element: with |a - centre| |x - middle| at most
-REACH the first term left out is below 1e-17.
+REACH the first term left out is below 3e-17.
 Legend: S rows, m runs, K terms.
 """
 
