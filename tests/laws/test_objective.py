@@ -40,6 +40,21 @@ def test_gradient_and_hessian_equal_finite_differences(runs: Runs, form: Form, d
         np.testing.assert_allclose(numeric[0], jacobian(theta, problem)[0, i], atol=1e-8)
 
 
+@pytest.mark.parametrize("form", [Form(), Form(n_term=False), Form(d_term=False), Form(fixed_e=1.5), Form(fixed_e=0.0)])
+def test_rows_of_a_batch_have_the_derivatives_of_each_alone(runs: Runs, form: Form) -> None:
+    from isofusion.laws.fit import pin
+
+    scale, rng = Scale.of(runs), np.random.default_rng(0)
+    problem = Problem.of(runs, form, scale, (0.01, 3.0), weights=rng.uniform(0.5, 2.0, (40, len(runs))))
+    theta = scale.to_theta(Params.of(1.7, 200.0, 0.28, 1500.0, 0.33)) + 0.05 * rng.standard_normal((40, 5))
+    theta = pin(theta, form)  # 40 rows take the series, one does not
+    together = derivatives(theta, problem, 1e-2)
+    for i in range(40):
+        alone = derivatives(theta[i : i + 1], problem.but(weights=problem.weights[i]), 1e-2)
+        for found, expected in zip(together, alone, strict=True):
+            np.testing.assert_allclose(found[i], expected[0], rtol=1e-9, atol=1e-12 * np.abs(expected).max())
+
+
 def test_objective_is_the_sum_of_huber_of_log_residuals(runs: Runs) -> None:
     params = Params.of(1.7, 200.0, 0.28, 1500.0, 0.33)
     scale = Scale.of(runs)
@@ -91,11 +106,13 @@ def test_the_bent_valleys_of_a_small_delta_are_followed_to_their_end() -> None:
 
 def test_batches_do_not_mix(runs: Runs) -> None:
     scale = Scale.of(runs)
-    losses = np.log(runs.loss) + 0.01 * np.random.default_rng(1).standard_normal((5, len(runs)))
+    losses = np.log(runs.loss) + 0.01 * np.random.default_rng(1).standard_normal(
+        (40, len(runs))
+    )  # a batch takes the series
     base = Problem.of(runs, Form(), scale, (0.01, 3.0))
     start = scale.to_theta(Params.of(1.7, 200.0, 0.28, 1500.0, 0.33))[None]
     batch = base.but(log_loss=losses)
-    together = minimise(np.repeat(start, 5, axis=0), batch, 1e-2)
-    for i in range(5):
+    together = minimise(np.repeat(start, 40, axis=0), batch, 1e-2)
+    for i in range(0, 40, 7):
         one = base.but(log_loss=losses[i])
         assert minimise(start, one, 1e-2).objective[0] == pytest.approx(together.objective[i], rel=1e-10)

@@ -103,11 +103,15 @@ def test_restarts_leave_a_small_basin(simulate: Callable[..., Runs]) -> None:
     worst = int(np.argmax(ends.objective))
     assert ends.objective[worst] > ends.objective.min() * 1.001  # there are basins to leave
     alone = type(ends)(*(getattr(ends, k)[[worst]] for k in ("theta", "objective", "gradient", "converged")))
-    better, met = restart(alone, problem, 1e-4)
-    again, _ = restart(alone, problem, 1e-4)
+    beside = base + 0.1 * rng.standard_normal((3, 5))
+    better, met = restart(alone, problem, 1e-4, beside=beside)
+    again, _ = restart(alone, problem, 1e-4, beside=beside)
     assert better.objective[0] < ends.objective[worst] * 0.999
     assert better.objective[0] <= joined(met).objective.min() * (1 + 1e-6)
     np.testing.assert_array_equal(better.theta, again.theta)
+    np.testing.assert_allclose(met[0].objective[-3:], minimise(beside, problem, 1e-4).objective, rtol=1e-9)
+    assert len(met) > 1  # a lower end was found, and looked for again, without those beside
+    assert len(met[1].objective) == len(met[0].objective) - 3
 
 
 def test_fit_ends_no_higher_than_many_random_starts(simulate: Callable[..., Runs]) -> None:

@@ -124,7 +124,8 @@ def _default(
         from isofusion.report.render import warm
 
         warm()
-        # millions of small objects that live to the end: Python's default goes through them again and again, 15 % of it
+        # millions of small objects that live to the end: Python's default goes through them again and again, for a
+        # tenth of the command's time
         gc.set_threshold(100_000, 50, 100)
     options: dict[str, Any] = {"draws": draws, "delta": delta, "fixed_e": fixed_e, "starts": starts, "notes": notes}
     if report is None:

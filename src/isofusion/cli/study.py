@@ -69,7 +69,7 @@ def estimate_command(
     probe: Annotated[bool, typer.Option(help="Time a few real steps, or assume a throughput.")] = True,
     as_json: Json = False,
 ) -> None:
-    """What a study will cost: every run with N, D, FLOPs, time, memory. Exit code 2: probed, and it does not fit here."""
+    """What a study will cost, run by run: N, D, FLOPs, time, memory. Exit code 2: probed, and it does not fit here."""
     from isofusion.study.estimate import estimate
     from isofusion.study.split import choose_split
 

@@ -22,7 +22,7 @@ from isofusion.laws.table import Array, Runs
 
 __all__ = ["Kernel", "Problem", "Solution", "derivatives", "huber", "jacobian", "minimise", "terms", "value"]
 
-CHUNK = 1 << 17  # S * m elements worked on at once, so that temporaries stay in cache
+CHUNK = 1 << 17  # S * m elements worked on at once: enough to hide what Python costs, few enough for the last cache
 VANISHED = 16.0  # a term this many e-folds below the lowest loss (1e-7 of it) is at its floor
 
 

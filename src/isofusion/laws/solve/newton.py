@@ -126,7 +126,7 @@ def newton(
     logs: Sequence[int] = (),
 ) -> Solution:
     """Minimise from every row of start [S, P]; derivatives(theta [k, P], which rows [k]) -> f, gradient, Hessian, and
-    optionally a metric for the damping (see newton_step).
+    optionally a metric for the damping (see newton_step), as fresh arrays: they are written to.
 
     Parameters held by a bound, or not free, are left out of the step. A start ends when the predicted relative
     decrease is below `tolerance` (the default is rounding) or f is below `tiny`. logs: coordinates that are logarithms

@@ -4,7 +4,7 @@ Two shortcuts, both exact to rounding. Runs share their x (ladders have few size
 And the rows of one call have nearly the same exponent (draws of one bootstrap), so exp(-a x) is a few terms of its
 Taylor series in a, one matrix product, instead of an exponential per element: with |a - centre| |x - middle| at most
 REACH the first term left out is below 3e-17.
-Legend: S rows, m runs, K terms.
+Legend: S rows, m runs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Powers:
         self.middle = 0.5 * (float(values.min()) + float(values.max()))
         width = float(np.abs(values - self.middle).max())
         self.reach = REACH / width if width > 0 else np.inf
-        self._centre, self._series = np.nan, np.empty((TERMS, 0))
+        self._centre, self._series = np.nan, np.empty((TERMS, len(values)))
 
     def anew(self) -> Powers:
         """The same without a centre, so that a result depends on the calls since then alone, to the last bit."""
         fresh = copy(self)
-        fresh._centre, fresh._series = np.nan, np.empty((TERMS, self.line.shape[1]))
+        fresh._centre, fresh._series = np.nan, np.empty_like(self._series)
         return fresh
 
     def __call__(self, pairs: Array, out: Array) -> Array:

@@ -21,7 +21,9 @@ from isofusion.laws.table import Array, Runs
 GRID = 16  # exponents per axis of the variable-projection grid
 BLOCK = 1 << 16  # elements of all columns worked on at once, so that they stay in cache
 EXPONENTS = (0.05, 2.0)  # range of the grid
-MET = 1e-3  # starts that come so close on their way down go on as one
+MET = 1e-3
+"""Starts that come into one cell of exponents, of this side, go on as one: nearly always to where each would end alone
+(of 1,536 starts on 3 x 3 runs 15 end elsewhere, none on 6 x 5), and the lowest end is the same."""
 
 
 @dataclass(frozen=True)
