@@ -96,6 +96,8 @@ def test_fits_recover_the_planted_laws(built: Any) -> None:
     held = a["holdout"]["early"]["caption"]
     assert held["error_reducible"] < 0.05
     assert held["beats_carry"]
+    assert held["oracle_e"]["error_reducible"] < 0.05  # the planted floor is 0.03 above the oracle
+    assert held["oracle_e"]["error_reducible"] != held["error_reducible"]
 
 
 def test_captions_hold_the_numbers_of_the_analysis(built: Any) -> None:

@@ -256,7 +256,8 @@ def holdout(laws: ArmLaws, domain: str, points: list[dict[str, Any]]) -> dict[st
     """Predict the largest size from the others (isofusion.laws.holdout), beside the loss of the next smaller size.
 
     Errors are means of |predicted − observed| relative to the reducible loss (`floor` says what was subtracted) and to
-    the loss. Adds leave-one-size-out with either term dropped. `fit` and `held_n` are taken off by the caller.
+    the loss. `oracle_e`: the same errors of the law of the reducible loss itself, E fixed at the oracle entropy; None
+    without one. Adds leave-one-size-out with either term dropped. `fit` and `held_n` are taken off by the caller.
     """
     runs = laws.runs.get(domain)
     if runs is None:
@@ -279,6 +280,7 @@ def holdout(laws: ArmLaws, domain: str, points: list[dict[str, Any]]) -> dict[st
         "carry_error_reducible": carry,
         "power_law_error_reducible": found["baselines_reducible"]["power_law"],
         "ratio_to_carry": found["ratio_to_carry_over"],
+        "oracle_e": _with_known_floor(runs),
         "hit_rate": found["hit_rate"],
         "no_interval": found["no_interval"],
         "beats_carry": None if found["ratio_to_carry_over"] is None else found["ratio_to_carry_over"] < 1,
@@ -294,6 +296,17 @@ def holdout(laws: ArmLaws, domain: str, points: list[dict[str, Any]]) -> dict[st
     except (InputError, np.linalg.LinAlgError, ValueError) as error:
         entry["leave_one_size_out"] = {"refused": str(error)}
     return entry
+
+
+def _with_known_floor(runs: Runs) -> dict[str, float | None] | None:
+    oracle = runs.oracle_value(None)
+    if oracle is None:
+        return None
+    try:
+        found = hold_out(runs, largest_size(runs), draws=0, grid=8, fixed_e=float(oracle.mean())).to_dict()
+    except (InputError, np.linalg.LinAlgError, ValueError):
+        return None
+    return {"error_reducible": found["mae_reducible"], "ratio_to_carry": found["ratio_to_carry_over"]}
 
 
 def difference(first: dict[str, Any], second: dict[str, Any], free: bool = False) -> dict[str, list[Any]]:

@@ -60,10 +60,12 @@ def _says(pair: dict[str, Any], entry: dict[str, Any] | None) -> str:
 
 def _holdout(a: Analysis) -> str:
     rows, runs = [], []
+    tests = [h for by_domain in a["holdout"].values() for h in by_domain.values()]
+    known = any(h.get("oracle_e") for h in tests)
     for arm, by_domain in a["holdout"].items():
         for domain, h in by_domain.items():
             if not h.get("ok"):
-                rows.append([arm_cell(a, arm), NAMES[domain], "not possible", *[DASH] * 7])
+                rows.append([arm_cell(a, arm), NAMES[domain], "not possible", *[DASH] * (7 + known)])
                 continue
             loo = h.get("leave_one_size_out") or {}
             drop = [loo.get("ratio_without_n"), loo.get("ratio_without_d")]
@@ -73,6 +75,7 @@ def _holdout(a: Analysis) -> str:
                     NAMES[domain],
                     h["size"],
                     percent(h["error_reducible"]),
+                    *([percent((h["oracle_e"] or {}).get("error_reducible"))] if known else []),
                     percent(h["carry_error_reducible"]),
                     percent(h["power_law_error_reducible"]),
                     percent(h["error"], 2),
@@ -98,6 +101,7 @@ def _holdout(a: Analysis) -> str:
         "domain",
         "held out",
         "error, reducible",
+        *(["with E = oracle"] if known else []),
         "next size carried over",
         "k·C^c",
         "error, loss",
@@ -105,7 +109,6 @@ def _holdout(a: Analysis) -> str:
         "beats carry-over",
         "without N / D term",
     ]
-    tests = [h for by_domain in a["holdout"].values() for h in by_domain.values()]
     reasons = sorted({h["no_interval"] for h in tests if h.get("no_interval")})
     why = "".join(f"<p>95 % range: {esc(reason)}.</p>" for reason in reasons)
     noise = _noise(a)
