@@ -4,8 +4,9 @@ A slot sees the earlier slots of its own document and, inside an image, every pa
 section 2.3: causal for text, bidirectional for image tokens). Padding sees itself only, so nothing is ever NaN.
 
 - `dense`: explicit float32 softmax over rows; the reference the others are tested against.
-- `sdpa`: documents of similar length are stacked into [documents, length] blocks, each one call of PyTorch's SDPA.
-  Attention then costs what the documents cost, not what the rows cost (2-4x less on a CPU at the miniature's sizes).
+- `sdpa`: documents of similar length are stacked into [documents, length] blocks, each one call of PyTorch's SDPA, or
+  of `bf16.attention` on CPUs with bf16 products. Attention then costs what the documents cost, not what the rows cost
+  (2-4x less on a CPU at the miniature's sizes).
 - `flex`: FlexAttention with a block mask over rows; GPU only (it has no CPU backward).
 
 T slots, R rows, S slots per row, H heads, K head_dim, N documents of a block, L its padded length
@@ -14,6 +15,7 @@ T slots, R rows, S slots per row, H heads, K head_dim, N documents of a block, L
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
+from isofusion.model import bf16
 from isofusion.model.fused import compute_dtype, exactly, regroup
 
 EXECUTIONS = ("dense", "sdpa", "flex")
@@ -64,6 +67,7 @@ class AttentionPlan:
     def __init__(self, phase: Tensor, dtype: torch.dtype) -> None:
         self.phase = phase
         self.dtype = dtype
+        self.blockwise = phase.device.type == "cpu" and compute_dtype(phase.device) == torch.bfloat16
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [T', H, K] in the order of `gather` -> [T, H*K] in slot order."""
@@ -76,11 +80,24 @@ def _flat(out_NHLK: Tensor) -> Tensor:
     return out_NHLK.transpose(1, 2).reshape(n * length, heads * head)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """q, k, v [N*L, H, K] -> [N*L, H*K]; without a mask every place sees all of its L, or with `causal` the earlier."""
-    q, k, v = (x.view(n, x.shape[0] // n if n else 0, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    with exactly(q.device):  # inputs have the plan's dtype already
-        return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+@dataclass(frozen=True)
+class Stack:
+    """`n` documents of one padded length. `mask`: [N or 1, 1, L, L], 0 or -inf; None: every place sees all of its L, or
+    with `causal` the earlier ones. `keys`: how far the blocks of queries see, for `bf16.attention` (None: SDPA).
+    """
+
+    n: int
+    mask: Tensor | None = None
+    causal: bool = False
+    keys: tuple[int, ...] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [N*L, H, K] -> [N*L, H*K]."""
+        if self.keys is not None:
+            return bf16.attention(q, k, v, self.n, self.mask, self.keys)
+        q, k, v = (x.unflatten(0, (self.n, -1)).transpose(1, 2) for x in (q, k, v))
+        with exactly(q.device):  # inputs have the plan's dtype already
+            return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal))
 
 
 class ImagePlan(AttentionPlan):
@@ -93,9 +110,8 @@ class ImagePlan(AttentionPlan):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[0] == 0:  # no image in this batch: keep the graph whole without an attention call
             return (q + k + v).flatten(1)
-        q, k, v = (x.unflatten(0, (-1, self.patches)).transpose(1, 2) for x in (q, k, v))
-        with exactly(q.device):
-            return _flat(F.scaled_dot_product_attention(q, k, v))
+        keys = bf16.seen(None, self.patches) if self.blockwise else None
+        return Stack(q.shape[0] // self.patches, keys=keys).attend(q, k, v)
 
 
 class DensePlan(AttentionPlan):
@@ -128,7 +144,7 @@ class DocumentPlan(AttentionPlan):
         starts, lengths, padding = _documents(doc, batch.row_len)
         inverse = np.empty(doc.shape[0], dtype=np.int64)
         gather: list[np.ndarray] = []
-        self.blocks: list[tuple[int, Tensor | None]] = []
+        self.blocks: list[Stack] = []
         self.sizes: list[int] = []
         for members, width in _blocks_by_length(lengths, heads):
             offset_L = np.arange(width, dtype=np.int32)
@@ -137,11 +153,14 @@ class DocumentPlan(AttentionPlan):
             inverse[slot_NL[real_NL]] = sum(self.sizes) + np.flatnonzero(real_NL)
             gather.append(slot_NL.ravel())
             self.sizes.append(slot_NL.size)
-            if real_NL.all() and not (image[slot_NL] >= 0).any():
+            plain = bool(real_NL.all()) and not (image[slot_NL] >= 0).any()
+            if plain and not self.blockwise:
                 # plain text of one length: SDPA's own causal form skips half of the scores. Not with filler places,
                 # which would then see documents and hand them a gradient (see `regroup`).
-                self.blocks.append((len(members), None))
+                self.blocks.append(Stack(len(members), causal=True))
                 continue
+            if plain:  # all documents see alike
+                real_NL, slot_NL = real_NL[:1], slot_NL[:1]
             side = {  # a filler place belongs to no document, so no real place sees it
                 "doc": np.where(real_NL, 0, -1).astype(np.int8),
                 "image": np.where(real_NL, image[slot_NL], -1),
@@ -153,7 +172,8 @@ class DocumentPlan(AttentionPlan):
             )
             # SDPA turns a bool mask into a float one at every call: do it once per batch
             mask = torch.from_numpy(np.where(allowed, np.float32(0), np.float32("-inf")))
-            self.blocks.append((len(members), mask.to(device, dtype)))
+            keys = bf16.seen(allowed, width) if self.blockwise else None
+            self.blocks.append(Stack(len(members), mask.to(device, dtype), keys=keys))
         if len(self.blocks) == 1 and not padding.size and self.sizes[0] == inverse.size:
             return  # documents of one length that fill the rows lie in order already
         inverse[padding] = sum(self.sizes) + np.arange(padding.size)
@@ -163,13 +183,13 @@ class DocumentPlan(AttentionPlan):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.gather is None:
-            ((n, mask),) = self.blocks
-            return _sdpa(q, k, v, n, mask, mask is None)
+            return self.blocks[0].attend(q, k, v)
         assert self.inverse is not None
         *values, own = v.split(self.sizes)
         parts = zip(self.blocks, q.split(self.sizes), k.split(self.sizes), values, strict=False)
-        outs = [_sdpa(q_, k_, v_, n, mask, mask is None) for (n, mask), q_, k_, v_ in parts]
-        return regroup(torch.cat([*outs, own.flatten(1)]), self.inverse, self.gather)
+        outs = [stack.attend(q_, k_, v_) for stack, q_, k_, v_ in parts]
+        padding = own.flatten(1).to(outs[0].dtype) if outs else own.flatten(1)
+        return regroup(torch.cat([*outs, padding]), self.inverse, self.gather)
 
 
 class FlexPlan(AttentionPlan):
@@ -295,5 +315,5 @@ def image_plan(images: int, patches: int, head_dim: int, heads: int, theta: floa
 
 
 def _attention_dtype(device: torch.device) -> torch.dtype:
-    """On CPUs SDPA is 1.5-4x slower in bfloat16 than in float32 at these lengths, so it stays in float32 there."""
+    """Of q, k, v. On CPUs float32: SDPA is 1.5-4x slower in bf16 there, and `bf16.attention` rounds what it may."""
     return torch.float32 if device.type == "cpu" else compute_dtype(device)

@@ -20,9 +20,10 @@ from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
 from isofusion.model.attention import make_plan
+from isofusion.model.bf16 import head_loss
 from isofusion.model.block import Block, run_block
 from isofusion.model.experts import SlotPlan
-from isofusion.model.fused import exactly
+from isofusion.model.fused import compute_dtype, exactly
 from isofusion.model.layers import Embedding, Linear, RMSNorm
 from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU
 from isofusion.model.vision import VisionEncoder, normalise_patches
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
         return torch.stack([experts.balance(p, c) for experts, p, c in parts]).mean()
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
-        """[n, D] -> float32 [n, V]. On a CPU the product itself is float32, whatever autocast says."""
+        """[n, D] -> float32 [n, V]. On a CPU the product itself is float32, whatever autocast says (not in `_nll`)."""
         if hidden_nD.device.type != "cpu":
             return self.head(hidden_nD * self.logit_scale).float()
         with exactly(hidden_nD.device):
@@ -132,12 +133,15 @@ class Decoder(nn.Module):
     def _nll(self, hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
         chunk = HEAD_CHUNK if hidden_nD.device.type == "cpu" else HEAD_CHUNK_GPU
         step = max(1, chunk // self.cfg.vocab_size)
-        if hidden_nD.shape[0] <= step:
-            return F.cross_entropy(self.logits(hidden_nD), targets_n, reduction="none")
+        low = hidden_nD.device.type == "cpu" and compute_dtype(hidden_nD.device) == torch.bfloat16
 
         def piece(hidden: Tensor, targets: Tensor) -> Tensor:
+            if low and torch.is_grad_enabled():
+                return head_loss(hidden * self.logit_scale, self.head.weight, targets)
             return F.cross_entropy(self.logits(hidden), targets, reduction="none")
 
+        if hidden_nD.shape[0] <= step:
+            return piece(hidden_nD, targets_n)
         # logits of one chunk live at a time; the backward pass computes them again
         pieces = zip(hidden_nD.split(step), targets_n.split(step), strict=True)
         return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])

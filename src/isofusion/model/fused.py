@@ -181,8 +181,8 @@ def heads_of(
     if not torch.compiler.is_compiling():
         return _HeadsOf.apply(qkv, gain_q, gain_k, phase, gather, inverse, eps, dtype)
     q, k, v = qkv.unflatten(-1, (3, -1, gain_q.shape[0])).unbind(1)
-    half = phase[:, : min(phase.shape[1], q.shape[1])]  # the same angles for every head
-    parts = (_turn(_normalised(q, gain_q, eps), half, 1.0), _turn(_normalised(k, gain_k, eps), half, 1.0), v)
+    phase = phase[:, :1]  # the same angles for every head: read once
+    parts = (_turn(_normalised(q, gain_q, eps), phase, 1.0), _turn(_normalised(k, gain_k, eps), phase, 1.0), v)
     if gather is None:
         return tuple(part.to(dtype) for part in parts)  # type: ignore[return-value]
     assert inverse is not None

@@ -19,6 +19,8 @@ HEAD_CHUNK = 2**24
 """Most logits (slots x vocabulary) held at once on a CPU; 64 MiB in float32."""
 HEAD_CHUNK_GPU = 2**28
 """The same on a GPU, whose products want more rows: 1 GiB."""
+LOGITS = 2**19
+"""Logits of one piece of `bf16.head_loss`: 2 MiB in float32, what two caches hold."""
 IMAGE_SHARE = 0.544
 """Share of patches among the tokens of the paper's mixture, where no batch says otherwise."""
 DOCUMENT = 256  # slots of a document, where no batch says otherwise: it sets the size of the masks on a CPU
@@ -54,8 +56,12 @@ def _block(
     experts: int = 0,
     top_k: int = 1,
     real: float = 0.0,
+    pairs: float = 0.0,
+    router: bool = False,
 ) -> Layer:
-    """`size`: bytes of a number in a product; `weights`: parameters in products; `real`: slots without padding."""
+    """`size`: bytes of a number in a product; `weights`: parameters in products; `real`: slots without padding;
+    `pairs`: (query, key) pairs whose attention weight bf16.attention keeps; `router`: experts are chosen by one.
+    """
     t_d, s_d, t_f = slots * width, places * width, slots * hidden
     attention = 4.0 if cpu else size  # bytes of q, k, v and the result
     copies = weights * (2.0 if size == 2 else 0.0)  # bf16 copies of the weights live as long as the graph
@@ -65,7 +71,10 @@ def _block(
         return Layer(kept + copies, 3 * t_f * size + 4 * t_d, 4.0 * weights, 4 * t_d)
     kept = 2 * (t_d * (4 + size) + 4 * slots)  # two norms: the unit vectors, what the product reads, one scale a slot
     kept += 4 * 2 * t_d + 4 * 2 * heads * slots  # q and k before their gains
-    kept += 4 * s_d * attention + 4 * places * heads + t_d * size  # q, k, v, the result, its logsumexp; and in order
+    if cpu and size == 2:  # bf16.attention: q, k, v and the weights in bf16
+        kept += 3 * s_d * size + heads * pairs * size + t_d * size
+    else:
+        kept += 4 * s_d * attention + 4 * places * heads + t_d * size  # q, k, v, the result, its logsumexp; in order
     silu = 1.0 if cpu else 0.0
     if not experts:
         kept += t_f * size * (3 + silu)  # gate, up, (silu,) product
@@ -73,8 +82,9 @@ def _block(
         return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
     rows = (real if cpu else slots) * top_k
     kept += rows * width * size * 2 + rows * hidden * size * (3 + silu)  # rows in and out, gate, up, (silu,) product
-    kept += slots * experts * 4 + slots * top_k * 24 + rows * 20  # probabilities, choices, order
-    kept += t_d * 4 if size == 2 else 0  # the router reads float32
+    kept += slots * top_k * 24 + rows * 20  # choices, order
+    if router:  # its probabilities, and what it reads in float32
+        kept += slots * experts * 4 + (t_d * 4 if size == 2 else 0)
     held = rows * hidden * size * 3 + 4 * t_d + rows * width * size
     return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
 
@@ -103,12 +113,12 @@ def memory_bytes(
     attention, ffn = 4 * d * d, 3 * d * cfg.hidden()
     inside = attention + ffn * max(1, cfg.n_experts) + (cfg.n_experts * d if cfg.routing == "agnostic" else 0)
     real = float(shape.text_tokens + shape.image_tokens)
-    block = _block(
-        slots, places, d, cfg.hidden(), cfg.n_heads, inside, size, cpu, compiled, cfg.n_experts, cfg.top_k, real
-    )
+    squares = 2.0 * shape.attention_pairs  # of the documents' lengths
+    moe = (cfg.n_experts, cfg.top_k, real, squares, cfg.routing == "agnostic")
+    block = _block(slots, places, d, cfg.hidden(), cfg.n_heads, inside, size, cpu, compiled, *moe)
     layers = [block] * cfg.depth
     if cpu:  # where each slot goes and comes from, the table of rotations, the masks of the stacked documents
-        shared = 8.0 * places + 8.0 * slots + 8.0 * slots * d + 8.0 * shape.attention_pairs
+        shared = 8.0 * places + 8.0 * slots + 8.0 * slots * d + 4.0 * squares
     else:
         shared = 4.0 * slots * cfg.head_dim
     front = patches * cfg.patch_dim * size
@@ -116,7 +126,8 @@ def memory_bytes(
         assert cfg.encoder_width is not None
         e, heads = cfg.encoder_width, cfg.encoder_width // cfg.encoder_head
         weights = 4 * e * e + 3 * e * cfg.hidden(e)
-        tower = _block(patches, patches, e, cfg.hidden(e), heads, weights, size, cpu, compiled)
+        squares = patches * patches / max(1, shape.images)
+        tower = _block(patches, patches, e, cfg.hidden(e), heads, weights, size, cpu, compiled, pairs=squares)
         layers = [tower] * cfg.encoder_layers + layers
         front += patches * e * (4 + size) + patches * (e * 8.0 if cpu else cfg.encoder_head * 4.0)
     if recompute:
@@ -127,6 +138,11 @@ def memory_bytes(
     chunk = HEAD_CHUNK if cpu else HEAD_CHUNK_GPU
     logits = 4.0 * min(shape.targets * cfg.vocab_size, chunk)
     softmax = 3 * logits if cpu or size == 4 else 3.5 * logits
+    if (
+        cpu and size == 2
+    ):  # bf16.head_loss: gradient of the logits in bf16, one piece in float32 or the weights' gradient
+        ends = cfg.vocab_size * d
+        softmax = logits / 2 + 2 * ends + max(10.0 * min(LOGITS, logits / 4), 6.0 * ends)
     kept = shared + front + top + sum(b.kept for b in layers)
     gradients = 4.0 * cfg.vocab_size * d
     # the head's gradient is there at its second chunk

@@ -1,0 +1,140 @@
+"""Attention and the head's loss on CPUs with bf16 products (avx512_bf16, AMX), where PyTorch's own are slow.
+
+PyTorch's SDPA multiplies tiles that are too small for such a CPU, and in bf16 it is slower than in float32. Here
+queries go in blocks of `QUERIES` against the keys that any of them may see (of 256 causal places 3/4 of the square, of
+1,024 9/16), each as one batched product. Scores are float32 products of float32 queries and keys and the softmax is
+float32; its weights and the gradients are bf16, as in FlashAttention (arXiv 2307.08691).
+`head_loss` makes the gradient of the logits while they are in the cache and keeps it in bf16, in place of float32
+logits, their softmax and two passes over both.
+
+N documents of a block, L places of one, H heads, K head_dim, n slots with a target, D width, V vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from isofusion.model.fused import exactly
+from isofusion.model.memory import LOGITS
+
+QUERIES = 128
+"""Queries of one batched product: fewer skip more of the square, more make larger products."""
+
+
+def seen(allowed_NLL: np.ndarray | None, length: int) -> tuple[int, ...]:
+    """For each block of `QUERIES` queries, how many keys, from the first, any of them may see (None: all)."""
+    starts = range(0, length, QUERIES)
+    if allowed_NLL is None:
+        return tuple(length for _ in starts)
+    any_LL = np.any(allowed_NLL.reshape(-1, length, length), axis=0)
+    return tuple(int(np.flatnonzero(any_LL[at : at + QUERIES].any(0))[-1]) + 1 for at in starts)
+
+
+def _heads(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """[N*L, H, K] -> contiguous [N*H, L, K] in `dtype`."""
+    heads, head = x.shape[1:]
+    out = torch.empty(n, heads, x.shape[0] // n, head, dtype=dtype)
+    return out.copy_(x.view(n, -1, heads, head).transpose(1, 2)).flatten(0, 1)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, n: int, keys: tuple[int, ...]
+    ) -> Tensor:
+        slots, heads, head = q.shape
+        length = slots // n
+        low = torch.bfloat16
+        scale = head**-0.5
+        scaled, k_, v_ = _heads(q * scale, n, torch.float32), _heads(k, n, torch.float32), _heads(v, n, low)
+        out = torch.empty_like(v_)
+        kept = []
+        for at, end in zip(range(0, length, QUERIES), keys, strict=True):
+            to = min(length, at + QUERIES)
+            scores = torch.bmm(scaled[:, at:to], k_[:, :end].mT)
+            if mask is not None:
+                scores.view(n, heads, to - at, end).add_(mask[..., at:to, :end])
+            weights = torch.softmax(scores, -1).to(low)
+            out[:, at:to] = torch.bmm(weights, v_[:, :end])
+            kept.append(weights)
+        ctx.save_for_backward(scaled.to(low), (k_ * scale).to(low), v_, *kept)
+        ctx.n, ctx.keys = n, keys
+        return out.view(n, heads, length, head).transpose(1, 2).reshape(slots, heads * head)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, k, v, *kept = ctx.saved_tensors
+        n, length, head = ctx.n, scaled.shape[1], scaled.shape[2]
+        heads = scaled.shape[0] // n
+        grad_o = _heads(grad.view(n * length, heads, head), n, v.dtype)
+        grad_q = torch.empty_like(scaled)
+        grad_k, grad_v = torch.zeros(k.shape), torch.zeros(k.shape)
+        for at, end, weights in zip(range(0, length, QUERIES), ctx.keys, kept, strict=True):
+            rows = slice(at, min(length, at + QUERIES))
+            grad_w = torch.bmm(grad_o[:, rows], v[:, :end].mT)
+            grad_s = torch.ops.aten._softmax_backward_data(grad_w, weights, -1, weights.dtype)
+            grad_q[:, rows] = torch.bmm(grad_s, k[:, :end])
+            grad_k[:, :end] += torch.bmm(grad_s.mT, scaled[:, rows])
+            grad_v[:, :end] += torch.bmm(weights.mT, grad_o[:, rows])
+
+        def back(x: Tensor) -> Tensor:
+            out = torch.empty(n, length, heads, head)
+            return out.copy_(x.view(n, heads, length, head).transpose(1, 2)).view(-1, heads, head)
+
+        return back(grad_q), back(grad_k), back(grad_v), None, None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None, keys: tuple[int, ...]) -> Tensor:
+    """Attention of n documents of one length: float32 q, k, v [N*L, H, K] -> bf16 [N*L, H*K].
+
+    `mask`: float32 [N or 1, 1, L, L], 0 or -inf, added to the scores; `keys`: what `seen` says of it. Every place must
+    see at least one.
+    """
+    with exactly(q.device):
+        return _Attention.apply(q, k, v, mask, n, keys)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, targets_n: Tensor) -> Tensor:
+        low = torch.bfloat16
+        hidden, weight = hidden_nD.to(low), weight_VD.to(low)
+        n, vocabulary = hidden.shape[0], weight.shape[0]
+        nll_n = torch.empty(n)
+        grad_nV = torch.empty(n, vocabulary, dtype=low)
+        step = max(1, LOGITS // vocabulary)
+        for at in range(0, n, step):
+            rows = slice(at, at + step)
+            logits = (hidden[rows] @ weight.T).float()
+            target = targets_n[rows, None]
+            own = logits.gather(1, target).squeeze(1)
+            top = logits.amax(1)
+            share = torch.softmax(logits, 1)
+            # the largest share is 1 / sum(exp(logits - top)): no second exponential
+            torch.sub(top, own, out=nll_n[rows]).sub_(share.amax(1).log_())
+            grad_nV[rows] = share.scatter_add_(1, target, torch.full(target.shape, -1.0))
+        ctx.save_for_backward(hidden, weight, grad_nV)
+        return nll_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, grad_nV = ctx.saved_tensors
+        grad_hidden = (grad_nV @ weight) * grad_n[:, None]  # float32: a row's factor commutes with the product
+        grad_weight = grad_nV.T @ (hidden * grad_n[:, None]).to(hidden.dtype)
+        return grad_hidden, grad_weight.float(), None
+
+
+def head_loss(hidden_nD: Tensor, weight_VD: Tensor, targets_n: Tensor) -> Tensor:
+    """Negative log-likelihood of `targets_n` i64 [n] under softmax(hidden @ weight.T), in nats, float32 [n].
+
+    Products are bf16, so logits are rounded to it, as on a GPU; loss and gradient are then computed in float32.
+    """
+    with exactly(hidden_nD.device):
+        return _HeadLoss.apply(hidden_nD.float(), weight_VD, targets_n)

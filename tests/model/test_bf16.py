@@ -1,0 +1,134 @@
+"""What CPUs with bf16 products run: attention in blocks of queries, and the head's loss with its gradient in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from isofusion.data.batch import PackedBatch
+from isofusion.model import bf16
+from isofusion.model.attention import DocumentPlan, Stack, may_attend, rope_phase
+from isofusion.model.decoder import Decoder
+from isofusion.model.init import init_weights
+
+
+def layout(length: int, image: tuple[int, int] | None = None) -> np.ndarray:
+    """bool [1, 1, L, L] of one document, with an image at [from, to)."""
+    images = np.full(length, -1)
+    if image:
+        images[slice(*image)] = 0
+    side = {"doc": np.zeros(length, int), "image": images, "slot": np.arange(length)}
+    return may_attend({n: v[:, None] for n, v in side.items()}, {n: v[None, :] for n, v in side.items()})[None, None]
+
+
+def additive(allowed: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.where(allowed, np.float32(0), np.float32("-inf")))
+
+
+def test_how_far_a_block_of_queries_sees() -> None:
+    assert bf16.QUERIES == 128
+    assert bf16.seen(layout(100), 100) == (100,)
+    assert bf16.seen(layout(300), 300) == (128, 256, 300)
+    assert bf16.seen(layout(300, (120, 156)), 300) == (156, 256, 300)  # to the end of an image that the block has begun
+    assert bf16.seen(np.concatenate([layout(300), layout(300, (250, 290))]), 300) == (128, 290, 300)
+    assert bf16.seen(None, 300) == (300, 300, 300)
+
+
+@pytest.mark.parametrize("allowed", [layout(200), layout(200, (100, 136)), layout(70), None])
+def test_attention_is_that_of_float32_within_bf16s_rounding(allowed: np.ndarray | None) -> None:
+    n, heads, head, length = 2, 2, 8, 200 if allowed is None else allowed.shape[-1]
+    make = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(n * length, heads, head, generator=make).mul_(2).requires_grad_() for _ in range(3))
+    weight = torch.randn(n * length, heads * head, generator=make)
+    mask = None if allowed is None else additive(allowed)
+    results = []
+    for keys in (bf16.seen(allowed, length), None):
+        out = Stack(n, mask, keys=keys).attend(q, k, v)
+        assert out.dtype == (torch.float32 if keys is None else torch.bfloat16)
+        results.append([out.float(), *torch.autograd.grad(out, (q, k, v), weight.to(out.dtype))])
+    for name, ours, exact in zip("oqkv", *results, strict=True):
+        assert (ours - exact).norm() < 0.006 * exact.norm(), name  # bf16 keeps 8 bits: 0.4 %
+
+
+def test_scores_are_not_rounded() -> None:
+    """One key is ahead of another by less than bf16 tells apart at that height (64 and 64.2: steps of 0.5)."""
+    q = torch.full((2, 1, 1), 8.0)
+    k = torch.tensor([8.0, 8.025]).view(2, 1, 1)
+    v = torch.tensor([0.0, 1.0]).view(2, 1, 1)
+    out = bf16.attention(q, k, v, 1, None, (2,))
+    assert float(out[0, 0]) == pytest.approx(1 / (1 + np.exp(-0.2)), abs=0.003)
+
+
+def test_the_loss_of_the_head_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bf16, "LOGITS", 90)  # pieces of three slots, the last of one
+    make = torch.Generator().manual_seed(4)
+    hidden = torch.randn(10, 16, generator=make).requires_grad_()
+    weight = torch.randn(30, 16, generator=make).requires_grad_()
+    targets = torch.randint(30, (10,), generator=make)
+    by_slot = torch.rand(10, generator=make)
+    ours = bf16.head_loss(hidden, weight, targets)
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
+    exact = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
+    for got, wanted in zip(*(torch.autograd.grad(x, (hidden, weight), by_slot) for x in (ours, exact)), strict=True):
+        assert (got - wanted).norm() < 0.006 * wanted.norm()
+
+
+def test_the_loss_of_a_target_far_below_the_others_is_finite_and_right() -> None:
+    weight = torch.tensor([[300.0], [0.0], [299.0]])
+    nll = bf16.head_loss(torch.ones(2, 1), weight, torch.tensor([1, 0]))
+    logits = weight.bfloat16().float()[:, 0]
+    assert nll.tolist() == pytest.approx([float(logits.logsumexp(0)), float(logits.logsumexp(0) - 300)], abs=1e-3)
+
+
+def parts(cfg: Any, batch: PackedBatch, attention: str, low: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses of the slots, and the gradients of their sum."""
+    model = Decoder(cfg, attention)
+    init_weights(model, cfg, 0)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        nll, _ = model.token_losses(batch.torch())
+    nll.sum().backward()
+    return nll.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_a_model_in_bf16_has_the_losses_and_gradients_of_float32(
+    kind: str, batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    cfg = make_config(kind)
+    losses, gradients = parts(cfg, batch, "sdpa", low=True)
+    exact, wanted = parts(cfg, batch, "dense", low=False)
+    assert exact.sum() > 1
+    torch.testing.assert_close(losses, exact, rtol=0.05, atol=0.05)
+    ours, theirs = (torch.cat([g[name].flatten() for name in sorted(wanted)]) for g in (gradients, wanted))
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_documents_do_not_meet_in_bf16(kind: str, batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    document = batch.doc_id[2]
+    patches = batch.patches.copy()
+    patches[batch.patch_slot == 2] ^= 0xFF
+    before, _ = parts(make_config(kind), batch, "sdpa", low=True)
+    after, _ = parts(make_config(kind), replace(batch, patches=patches), "sdpa", low=True)
+    changed = (before != after).numpy()
+    assert changed.any()
+    assert set(batch.doc_id[changed]) == {document}
+
+
+def test_the_plan_takes_blocks_of_queries_in_bf16_alone(batch: PackedBatch) -> None:
+    torch_batch = batch.torch()
+    phase = rope_phase(torch_batch.position, 8, 2, 1e4)
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            plan = DocumentPlan(phase, torch.float32, torch_batch)
+        assert plan.blocks
+        assert all((stack.keys is not None) == low for stack in plan.blocks)
