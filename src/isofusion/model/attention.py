@@ -46,7 +46,7 @@ def may_attend(query: dict[str, Any], key: dict[str, Any]) -> Any:
 
 def rope_phase(position: Tensor, head_dim: int, heads: int, theta: float) -> Tensor:
     """exp(i * position * theta^(-2j/K)) (arXiv 2104.09864): on a CPU complex64 [T, 2H, K/2], spelled out for q and k
-    heads; elsewhere float32 [T, 1, K/2, 2] of cosine and sine (compilers take no complex numbers).
+    heads; elsewhere float32 [T, 1, K/2, 2] of cosine and sine (no compiler takes complex products into its loops).
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position.float()[:, None] * theta**-exponent
