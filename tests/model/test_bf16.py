@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isofusion.data.batch import PackedBatch
-from isofusion.model import bf16
-from isofusion.model.attention import DocumentPlan, Stack, may_attend, rope_phase
+from isofusion.model import bf16, decoder
+from isofusion.model.attention import DocumentPlan, ImagePlan, Stack, may_attend, rope_phase
 from isofusion.model.decoder import Decoder
 from isofusion.model.init import init_weights
 
@@ -99,17 +99,60 @@ def parts(cfg: Any, batch: PackedBatch, attention: str, low: bool) -> tuple[Tens
     return nll.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+LONG = ["t" * 120 + "iiii" * 10 + "t" * 140, "t" * 150 + "|" + "t" * 100 + "." * 50]
+
+
+@pytest.mark.parametrize("rows", [None, ["tttttttt", "tttttttt"], LONG], ids=["mixed", "one length", "long"])
 @pytest.mark.parametrize("kind", ["early", "late"])
 def test_a_model_in_bf16_has_the_losses_and_gradients_of_float32(
-    kind: str, batch: PackedBatch, make_config: Callable[..., Any]
+    kind: str,
+    rows: list[str] | None,
+    batch: PackedBatch,
+    build_batch: Callable[..., PackedBatch],
+    make_config: Callable[..., Any],
 ) -> None:
+    """Several stacks; one mask for all documents, in order; documents longer than a block of queries."""
     cfg = make_config(kind)
+    batch = build_batch(rows) if rows else batch
     losses, gradients = parts(cfg, batch, "sdpa", low=True)
     exact, wanted = parts(cfg, batch, "dense", low=False)
     assert exact.sum() > 1
     torch.testing.assert_close(losses, exact, rtol=0.05, atol=0.05)
     ours, theirs = (torch.cat([g[name].flatten() for name in sorted(wanted)]) for g in (gradients, wanted))
     assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_a_batch_of_padding_has_no_loss_and_no_gradient_that_is_not_finite(
+    kind: str, build_batch: Callable[..., PackedBatch], make_config: Callable[..., Any]
+) -> None:
+    losses, gradients = parts(make_config(kind), build_batch(["........"]), "sdpa", low=True)
+    assert not losses.any()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_training_takes_the_loss_of_the_head_and_validation_float32_logits(
+    batch: PackedBatch, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = make_config(base_width=8)
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    assert model.logit_scale != 1
+    targets = torch.arange(6)
+    hidden = torch.randn(6, cfg.width, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    wanted = bf16.head_loss(hidden * model.logit_scale, model.head.weight, targets)
+    exact = F.cross_entropy(model.logits(hidden), targets, reduction="none")
+    assert not torch.equal(wanted, exact)
+    gradients = []
+    for chunk in (2**24, 2 * cfg.vocab_size):  # all at once; two slots at a time, computed again
+        monkeypatch.setattr(decoder, "HEAD_CHUNK", chunk)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model._nll(hidden, targets)
+            with torch.no_grad():
+                assert torch.equal(model._nll(hidden, targets), exact)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0 if chunk == 2**24 else 0.02)
+        gradients.append(torch.autograd.grad(found.sum(), hidden)[0])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("kind", ["early", "late"])
@@ -130,5 +173,8 @@ def test_the_plan_takes_blocks_of_queries_in_bf16_alone(batch: PackedBatch) -> N
     for low in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             plan = DocumentPlan(phase, torch.float32, torch_batch)
+            images = ImagePlan(phase, torch.float32, 7)
         assert plan.blocks
         assert all((stack.keys is not None) == low for stack in plan.blocks)
+        q = torch.ones(14, 2, 8)
+        assert images.attend(q, q, q).dtype == (torch.bfloat16 if low else torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
 from isofusion.config import DataConfig, ModelConfig, TrainConfig  # noqa: E402
+from isofusion.data.batch import PackedBatch  # noqa: E402
 from isofusion.data.stream import Stream  # noqa: E402
 from isofusion.model.count import batch_shape, count_parameters  # noqa: E402
 from isofusion.model.decoder import Decoder  # noqa: E402
@@ -83,6 +85,28 @@ def test_the_peak_of_a_step_is_within_ten_percent(
     assert parts["total"] == pytest.approx(measured, rel=0.1)
     # a shape that knows nothing of the batch is still a plan
     assert memory_bytes(cfg, batch.n_slots, precision)["total"] == pytest.approx(measured, rel=0.4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_long_documents_hold_the_attention_weights_of_what_they_see(
+    precision: str, build_batch: Callable[..., PackedBatch]
+) -> None:
+    if precision == "bf16" != choose_precision("auto"):
+        pytest.skip("this CPU has no bf16 products: its steps would take minutes")
+    cfg = config(patch_size=2, head_dim=8)
+    batch = build_batch(["t" * 500 + "|" + "t" * 524] * 2)
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    optimizer, tensors = build_optimizer(model, cfg, TrainConfig()), batch.torch()
+
+    def step() -> None:
+        train_step(model, optimizer, tensors, precision=precision, clip=1.0)
+
+    step()
+    optimizer.zero_grad()
+    measured = resident_bytes(model, optimizer) + peak_bytes(step)
+    predicted = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch))["total"]
+    assert predicted == pytest.approx(measured, rel=0.1)
 
 
 def test_the_allocator_is_read_right() -> None:

@@ -5,7 +5,7 @@ section 2.3: causal for text, bidirectional for image tokens). Padding sees itse
 
 - `dense`: explicit float32 softmax over rows; the reference the others are tested against.
 - `sdpa`: documents of similar length are stacked into [documents, length] blocks, each one call of PyTorch's SDPA, or
-  of `bf16.attention` on CPUs with bf16 products. Attention then costs what the documents cost, not what the rows cost
+  of `bf16.attention` on CPUs in bf16. Attention then costs what the documents cost, not what the rows cost
   (2-4x less on a CPU at the miniature's sizes).
 - `flex`: FlexAttention with a block mask over rows; GPU only (it has no CPU backward).
 
@@ -271,7 +271,7 @@ def _blocks_by_length(lengths: np.ndarray, heads: int) -> list[tuple[np.ndarray,
     """Split documents into blocks of like length, cheapest in total -> [(document indices, padded length)].
 
     Cost of a block of n documents padded to L, in scores per head: n L (L + 90) + 60000 / heads, measured for a forward
-    and backward on a CPU (90: the part of SDPA that does not grow with L; 60000: one more call, about 0.2 ms). Exact by
+    and backward of SDPA in float32 (90: what does not grow with L; 60000: one more call, about 0.2 ms). Exact by
     dynamic programming over lengths rounded up to 8.
     """
     if not lengths.size:

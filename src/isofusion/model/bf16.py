@@ -1,4 +1,4 @@
-"""Attention and the head's loss on CPUs with bf16 products (avx512_bf16, AMX), where PyTorch's own are slow.
+"""Attention and the head's loss on CPUs in bf16 (meant for avx512_bf16, AMX), where PyTorch's own are slow.
 
 PyTorch's SDPA multiplies tiles that are too small for such a CPU, and in bf16 it is slower than in float32. Here
 queries go in blocks of `QUERIES` against the keys that any of them may see (of 256 causal places 3/4 of the square, of
@@ -20,10 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isofusion.model.fused import exactly
-from isofusion.model.memory import LOGITS
-
-QUERIES = 128
-"""Queries of one batched product: fewer skip more of the square, more make larger products."""
+from isofusion.model.memory import LOGITS, QUERIES
 
 
 def seen(allowed_NLL: np.ndarray | None, length: int) -> tuple[int, ...]:
@@ -137,4 +134,4 @@ def head_loss(hidden_nD: Tensor, weight_VD: Tensor, targets_n: Tensor) -> Tensor
     Products are bf16, so logits are rounded to it, as on a GPU; loss and gradient are then computed in float32.
     """
     with exactly(hidden_nD.device):
-        return _HeadLoss.apply(hidden_nD.float(), weight_VD, targets_n)
+        return _HeadLoss.apply(hidden_nD, weight_VD, targets_n)

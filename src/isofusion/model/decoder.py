@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         return torch.stack([experts.balance(p, c) for experts, p, c in parts]).mean()
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
-        """[n, D] -> float32 [n, V]. On a CPU the product itself is float32, whatever autocast says (not in `_nll`)."""
+        """[n, D] -> float32 [n, V]. On a CPU the product is float32, whatever autocast says (training: see `_nll`)."""
         if hidden_nD.device.type != "cpu":
             return self.head(hidden_nD * self.logit_scale).float()
         with exactly(hidden_nD.device):
@@ -134,9 +134,10 @@ class Decoder(nn.Module):
         chunk = HEAD_CHUNK if hidden_nD.device.type == "cpu" else HEAD_CHUNK_GPU
         step = max(1, chunk // self.cfg.vocab_size)
         low = hidden_nD.device.type == "cpu" and compute_dtype(hidden_nD.device) == torch.bfloat16
+        low = low and torch.is_grad_enabled()
 
         def piece(hidden: Tensor, targets: Tensor) -> Tensor:
-            if low and torch.is_grad_enabled():
+            if low:
                 return head_loss(hidden * self.logit_scale, self.head.weight, targets)
             return F.cross_entropy(self.logits(hidden), targets, reduction="none")
 

@@ -20,7 +20,9 @@ HEAD_CHUNK = 2**24
 HEAD_CHUNK_GPU = 2**28
 """The same on a GPU, whose products want more rows: 1 GiB."""
 LOGITS = 2**19
-"""Logits of one piece of `bf16.head_loss`: 2 MiB in float32, what two caches hold."""
+"""Logits of one piece of `bf16.head_loss`: 2 MiB in float32, about what second-level caches hold."""
+QUERIES = 128
+"""Queries of one product of `bf16.attention`: fewer skip more of the square, more make larger products."""
 IMAGE_SHARE = 0.544
 """Share of patches among the tokens of the paper's mixture, where no batch says otherwise."""
 DOCUMENT = 256  # slots of a document, where no batch says otherwise: it sets the size of the masks on a CPU
@@ -53,28 +55,28 @@ def _block(
     size: float,
     cpu: bool,
     compiled: bool,
+    pairs: float,
     experts: int = 0,
     top_k: int = 1,
     real: float = 0.0,
-    pairs: float = 0.0,
     router: bool = False,
 ) -> Layer:
-    """`size`: bytes of a number in a product; `weights`: parameters in products; `real`: slots without padding;
-    `pairs`: (query, key) pairs whose attention weight bf16.attention keeps; `router`: experts are chosen by one.
+    """`size`: bytes of a number in a product; `weights`: parameters in products; `pairs`: (query, key) pairs whose
+    attention weight bf16.attention keeps; `real`: slots without padding; `router`: experts are chosen by one.
     """
     t_d, s_d, t_f = slots * width, places * width, slots * hidden
-    attention = 4.0 if cpu else size  # bytes of q, k, v and the result
+    if cpu and size == 2:  # bf16.attention: q, k, v and the weights in bf16
+        attention = 3 * s_d * size + heads * pairs * size
+    else:  # q, k, v, the result, its logsumexp
+        attention = 4 * s_d * (4.0 if cpu else size) + 4 * places * heads
     copies = weights * (2.0 if size == 2 else 0.0)  # bf16 copies of the weights live as long as the graph
     if compiled and not experts:
         # the compiler keeps least: the residual stream, both projections into it, q, k, v, the result, gate and up
-        kept = t_d * (4 + size) + 4 * t_d * attention + 4 * slots * (heads + 2) + 2 * t_f * size
+        kept = t_d * (4 + size) + attention + 8 * slots + 2 * t_f * size
         return Layer(kept + copies, 3 * t_f * size + 4 * t_d, 4.0 * weights, 4 * t_d)
     kept = 2 * (t_d * (4 + size) + 4 * slots)  # two norms: the unit vectors, what the product reads, one scale a slot
     kept += 4 * 2 * t_d + 4 * 2 * heads * slots  # q and k before their gains
-    if cpu and size == 2:  # bf16.attention: q, k, v and the weights in bf16
-        kept += 3 * s_d * size + heads * pairs * size + t_d * size
-    else:
-        kept += 4 * s_d * attention + 4 * places * heads + t_d * size  # q, k, v, the result, its logsumexp; in order
+    kept += attention + t_d * size  # and the result in order
     silu = 1.0 if cpu else 0.0
     if not experts:
         kept += t_f * size * (3 + silu)  # gate, up, (silu,) product
@@ -113,9 +115,10 @@ def memory_bytes(
     attention, ffn = 4 * d * d, 3 * d * cfg.hidden()
     inside = attention + ffn * max(1, cfg.n_experts) + (cfg.n_experts * d if cfg.routing == "agnostic" else 0)
     real = float(shape.text_tokens + shape.image_tokens)
-    squares = 2.0 * shape.attention_pairs  # of the documents' lengths
-    moe = (cfg.n_experts, cfg.top_k, real, squares, cfg.routing == "agnostic")
-    block = _block(slots, places, d, cfg.hidden(), cfg.n_heads, inside, size, cpu, compiled, *moe)
+    squares = 2.0 * shape.attention_pairs  # of the documents' lengths, for text; more for images
+    pairs = min(squares, shape.attention_pairs + QUERIES / 2 * real)
+    moe = (cfg.n_experts, cfg.top_k, real, cfg.routing == "agnostic")
+    block = _block(slots, places, d, cfg.hidden(), cfg.n_heads, inside, size, cpu, compiled, pairs, *moe)
     layers = [block] * cfg.depth
     if cpu:  # where each slot goes and comes from, the table of rotations, the masks of the stacked documents
         shared = 8.0 * places + 8.0 * slots + 8.0 * slots * d + 4.0 * squares
@@ -126,8 +129,8 @@ def memory_bytes(
         assert cfg.encoder_width is not None
         e, heads = cfg.encoder_width, cfg.encoder_width // cfg.encoder_head
         weights = 4 * e * e + 3 * e * cfg.hidden(e)
-        squares = patches * patches / max(1, shape.images)
-        tower = _block(patches, patches, e, cfg.hidden(e), heads, weights, size, cpu, compiled, pairs=squares)
+        pairs = patches * patches / max(1, shape.images)
+        tower = _block(patches, patches, e, cfg.hidden(e), heads, weights, size, cpu, compiled, pairs)
         layers = [tower] * cfg.encoder_layers + layers
         front += patches * e * (4 + size) + patches * (e * 8.0 if cpu else cfg.encoder_head * 4.0)
     if recompute:
@@ -138,9 +141,8 @@ def memory_bytes(
     chunk = HEAD_CHUNK if cpu else HEAD_CHUNK_GPU
     logits = 4.0 * min(shape.targets * cfg.vocab_size, chunk)
     softmax = 3 * logits if cpu or size == 4 else 3.5 * logits
-    if (
-        cpu and size == 2
-    ):  # bf16.head_loss: gradient of the logits in bf16, one piece in float32 or the weights' gradient
+    if cpu and size == 2:
+        # bf16.head_loss: gradient of the logits in bf16, and one piece of them in float32 or the weights' gradient
         ends = cfg.vocab_size * d
         softmax = logits / 2 + 2 * ends + max(10.0 * min(LOGITS, logits / 4), 6.0 * ends)
     kept = shared + front + top + sum(b.kept for b in layers)
