@@ -38,6 +38,33 @@ def test_the_law_beats_carrying_over_on_its_own_data(runs: Runs, truth: Params) 
     assert len(out["table"]) == 15
 
 
+def test_errors_of_the_mean_over_seeds_by_hand(runs: Runs, simulate: Callable[..., Runs], truth: Params) -> None:
+    """Three seeds at the largest size: what is left of the error when their luck is averaged, and no less."""
+    result = hold_out(runs, largest_size(runs), oracle=float(truth.E), draws=0)
+    mean = result.to_dict()["seeds_averaged"]
+    assert mean["cells"] == 5
+    budgets = np.array([round(np.log(d), 3) for d in result.held.d])
+    errors = {"law": [], "carry": []}
+    for d in np.unique(budgets):
+        rows = budgets == d
+        assert rows.sum() == 3
+        loss = result.held.loss[rows].mean()
+        for name, predicted in (("law", result.predicted), ("carry", result.baselines["carry_over"])):
+            errors[name].append(abs(predicted[rows].mean() - loss) / (loss - truth.E))
+    assert mean["mae_reducible"] == pytest.approx(np.mean(errors["law"]))
+    assert mean["carry_over"] == pytest.approx(np.mean(errors["carry"]))
+    assert mean["ratio_to_carry_over"] == pytest.approx(np.mean(errors["law"]) / np.mean(errors["carry"]))
+    assert mean["mae_reducible"] < result.to_dict()["mae_reducible"]
+    alone = simulate(np.random.default_rng(2), seeds=(1,) * 6)
+    assert hold_out(alone, largest_size(alone), draws=0).to_dict()["seeds_averaged"] is None
+    assert leave_one_size_out(alone)["seeds_averaged"] is None
+    out = leave_one_size_out(runs)
+    assert out["seeds_averaged"]["full"] < out["full"]
+    assert out["seeds_averaged"]["ratio_without_n"] == pytest.approx(
+        out["seeds_averaged"]["without_n"] / out["seeds_averaged"]["full"]
+    )
+
+
 def test_prediction_intervals_hit_about_as_often_as_they_say(simulate: Callable[..., Runs]) -> None:
     rng = np.random.default_rng(3)
     studies = [simulate(rng, seeds=(2,) * 6) for _ in range(12)]

@@ -19,6 +19,7 @@ import pytest
 from isofusion.errors import InputError
 from isofusion.report import evidence, text, words
 from isofusion.report.analysis import analyse
+from isofusion.report.figures import NAMES
 from isofusion.report.page import DRAW, build_report
 from isofusion.report.page import page as compose
 from isofusion.report.style import NARROW, WIDE, arm_styles, log_ticks, themed
@@ -311,3 +312,17 @@ def test_a_browser_shows_the_page_without_sideways_scroll(built: Any, tmp_path: 
     if found is None:
         pytest.skip("chromium gave no page here")
     assert int(found[1]) <= int(found[2])
+
+
+def test_a_repeated_seed_of_the_held_out_size_is_averaged(built: Any) -> None:
+    _, a, page = built
+    said = page.split("Seeds averaged, error of a size's mean loss at each D: ")[1].split(".</p>")[0]
+    for arm, domain in (("early", "caption"), ("late", "text")):
+        mean = a["holdout"][arm][domain]["seeds_averaged"]
+        if mean is None:
+            assert f"{arm} {NAMES[domain]}" not in said
+            continue
+        assert mean["cells"] < a["holdout"][arm][domain]["runs"]
+        error, carry = (words.percent(mean[k]) for k in ("mae_reducible", "carry_over"))
+        assert f"{arm} {NAMES[domain]} {error} (next size carried over {carry}" in said
+    assert a["holdout"]["early"]["caption"]["seeds_averaged"]

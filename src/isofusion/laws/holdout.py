@@ -4,11 +4,14 @@ Errors are relative, once to the loss and once to the *reducible* loss L - oracl
 looks good in plain loss (docs/world.md). Without an oracle the fitted E stands in and the result says so.
 Baselines: the next smaller size's loss at equal D; k C^c through the training envelope; the nearest run in (log N,
 log D). `accuracy` are the numbers of arXiv 2504.07951 Table 10. Growing N or C step by step: `isofusion.laws.rollout`.
+Where seeds are repeated, `seeds_averaged` gives the same errors for the mean loss of a size's seeds at one D: run by
+run, the luck of a seed counts as an error of the law and of every baseline, and draws all ratios to 1.
 `study_report` gathers the numbers a study is judged by. Legend: h held-out rows.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +72,23 @@ class HoldOut:
         scale = self.held.loss - self.floor if reducible else self.held.loss
         return float(np.mean(np.abs(predicted - self.held.loss)[ok] / scale[ok])) if ok.any() else float("nan")
 
+    def seeds_averaged(self) -> dict[str, float | int | None] | None:
+        """Errors in reducible loss of the mean loss of each (N, D): the law's, carry-over's. None: nothing repeated."""
+        size, at = clusters(self.held.n), clusters(self.held.d)
+        baseline = self.baselines["carry_over"]
+        *_, loss, floor, law, carry = cell_means(size, at, self.held.loss, self.floor, self.predicted, baseline)
+        if len(loss) == len(self.held):
+            return None
+        own, other = (np.abs(predicted - loss) / (loss - floor) for predicted in (law, carry))
+        both = np.isfinite(other)
+        ratio = float(own[both].mean() / other[both].mean()) if both.any() and other[both].any() else None
+        return {
+            "cells": len(loss),
+            "mae_reducible": float(own.mean()),
+            "carry_over": float(other[both].mean()) if both.any() else None,
+            "ratio_to_carry_over": ratio,
+        }
+
     @property
     def hit_rate(self) -> float | None:
         if self.low is None or self.high is None:
@@ -113,6 +133,7 @@ class HoldOut:
             "accuracy": self.accuracy.to_dict(),
             "baselines_reducible": {name: _plain(self.error(values)) for name, values in self.baselines.items()},
             "ratio_to_carry_over": _plain(fair / carry) if carry else None,
+            "seeds_averaged": self.seeds_averaged(),
             "hit_rate": self.hit_rate,
             "level": None if self.low is None else 0.95,
             "no_interval": self.no_interval,
@@ -208,7 +229,8 @@ def nearest(train: Runs, test: Runs) -> Array:
 def leave_one_size_out(runs: Runs, *, oracle: float | Array | None = None, **options: Any) -> dict[str, Any]:
     """Mean absolute relative error in reducible loss, each size predicted from the others; full law, each term dropped.
 
-    Ratios above 1 mean that the dropped term was needed. Raises InputError with fewer sizes than the law needs.
+    Ratios above 1 mean that the dropped term was needed. `seeds_averaged`: the same for the mean loss of each (N, D),
+    None if no run is repeated. Raises InputError with fewer sizes than the law needs.
     """
     cluster = clusters(runs.n)
     truth = runs.oracle_value(oracle)
@@ -220,6 +242,8 @@ def leave_one_size_out(runs: Runs, *, oracle: float | Array | None = None, **opt
     forms: dict[str, dict[str, Any]] = {"full": {}, "without_n": {"n_term": False}, "without_d": {"d_term": False}}
     options = {"grid": 8, **options}  # 3 fits per size: a coarser grid of starts reaches the same ends
     out: dict[str, Any] = {"reducible_floor": "oracle" if truth is not None else "fitted E (no oracle known)"}
+    averaged: dict[str, Any] = {}
+    repeated = False
     for name, terms in forms.items():
         predicted = np.empty(len(runs))
         for k in range(int(cluster.max()) + 1):
@@ -227,13 +251,17 @@ def leave_one_size_out(runs: Runs, *, oracle: float | Array | None = None, **opt
             predicted[held] = fit_law(runs.select(~held), **terms, **options).predict(runs.n[held], runs.d[held])
         error = np.abs(predicted - runs.loss) / (runs.loss - floor)
         out[name] = float(error.mean())
+        *_, loss_k, floor_k, predicted_k = cell_means(cluster, clusters(runs.d), runs.loss, floor, predicted)
+        averaged[name] = float(np.mean(np.abs(predicted_k - loss_k) / (loss_k - floor_k)))
+        repeated = len(loss_k) < len(runs)
         if name == "full":
             out["by_size"] = {
                 str(runs.size[cluster == k][0]): float(error[cluster == k].mean())
                 for k in range(int(cluster.max()) + 1)
             }
-    for name in ("without_n", "without_d"):
-        out[f"ratio_{name}"] = out[name] / out["full"] if out["full"] > 0 else None
+    for errors, name in itertools.product((out, averaged), ("without_n", "without_d")):
+        errors[f"ratio_{name}"] = errors[name] / errors["full"] if errors["full"] > 0 else None
+    out["seeds_averaged"] = averaged if repeated else None
     return out
 
 

@@ -281,6 +281,7 @@ def holdout(laws: ArmLaws, domain: str, points: list[dict[str, Any]]) -> dict[st
         "power_law_error_reducible": found["baselines_reducible"]["power_law"],
         "ratio_to_carry": found["ratio_to_carry_over"],
         "oracle_e": _with_known_floor(runs),
+        "seeds_averaged": found["seeds_averaged"],
         "hit_rate": found["hit_rate"],
         "no_interval": found["no_interval"],
         "beats_carry": None if found["ratio_to_carry_over"] is None else found["ratio_to_carry_over"] < 1,

@@ -111,10 +111,29 @@ def _holdout(a: Analysis) -> str:
     ]
     reasons = sorted({h["no_interval"] for h in tests if h.get("no_interval")})
     why = "".join(f"<p>95 % range: {esc(reason)}.</p>" for reason in reasons)
+    why += _averaged(a)
     noise = _noise(a)
     detail = table(["arm", "domain", "D, tokens", "observed", "predicted"], runs, left=(1,))
     more = folded("Held-out runs one by one", detail)
     return f"<h3>Hold-out</h3>{table(head, rows, left=(1, 2))}{why}{more}{noise}"
+
+
+def _averaged(a: Analysis) -> str:
+    """The hold-out for the mean loss of a size's seeds at each D, where seeds are repeated there."""
+    said = []
+    for arm, by_domain in a["holdout"].items():
+        for domain, h in by_domain.items():
+            mean = h.get("seeds_averaged")
+            if not h.get("ok") or not mean:
+                continue
+            terms = (h.get("leave_one_size_out") or {}).get("seeds_averaged") or {}
+            drop = [terms.get(f"ratio_without_{t}") for t in "nd"]
+            grow = f"; without N / D term {' / '.join(f'{v:.1f}×' for v in drop)}" if all(drop) else ""
+            said.append(
+                f"{esc(arm)} {NAMES[domain]} {percent(mean['mae_reducible'])} "
+                f"(next size carried over {percent(mean['carry_over'])}{grow})"
+            )
+    return f"<p>Seeds averaged, error of a size's mean loss at each D: {', '.join(said)}.</p>" if said else ""
 
 
 def _noise(a: Analysis) -> str:
