@@ -106,6 +106,8 @@ def test_recomputed_blocks_give_the_same_gradients(model: dict[str, Any], tmp_pa
 def test_a_run_with_workers_and_micro_batches_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
     run, losses = config(n_experts=4), []
+    # the gradient is exact; how bf16 rounds it depends on how many rows a product has
+    run = run.model_copy(update={"train": run.train.model_copy(update={"precision": "fp32"})})
     for settings in ({}, {"INPUT_WORKERS": "1"}, {"INPUT_WORKERS": "1", "MICRO_ROWS": "2"}):
         root = tmp_path / "-".join(settings or ["plain"])
         for name, value in settings.items():
