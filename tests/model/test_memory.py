@@ -41,6 +41,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
+def measure(cfg: ModelConfig, batch: PackedBatch, precision: str) -> tuple[int, int]:
+    """Bytes that stay between steps, and the peak of a step with them."""
+    if precision == "bf16" != choose_precision("auto"):
+        pytest.skip("this CPU has no bf16 products: its steps would take minutes")
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    optimizer, tensors = build_optimizer(model, cfg, TrainConfig()), batch.torch()
+
+    def step() -> None:
+        balance = 0.01 * bool(cfg.n_experts)
+        train_step(model, optimizer, tensors, precision=precision, clip=1.0, balance_weight=balance)
+
+    step()
+    optimizer.zero_grad()
+    peak = resident_bytes(model, optimizer) + peak_bytes(step)
+    return resident_bytes(model, optimizer), peak
+
+
 @pytest.mark.parametrize(
     ("rows", "changes"),
     [
@@ -65,23 +83,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_the_peak_of_a_step_is_within_ten_percent(
     rows: int, changes: dict[str, Any], precision: str, cache: Any
 ) -> None:
-    if precision == "bf16" != choose_precision("auto"):
-        pytest.skip("this CPU has no bf16 products: its steps would take minutes")
     cfg = config(**changes)
     batch = Stream(DATA, 0, "train", rows).batch(0)
-    model = Decoder(cfg)
-    init_weights(model, cfg, 0)
-    optimizer, tensors = build_optimizer(model, cfg, TrainConfig()), batch.torch()
-
-    def step() -> None:
-        balance = 0.01 * bool(cfg.n_experts)
-        train_step(model, optimizer, tensors, precision=precision, clip=1.0, balance_weight=balance)
-
-    step()
-    optimizer.zero_grad()
-    measured = resident_bytes(model, optimizer) + peak_bytes(step)
+    resident, measured = measure(cfg, batch, precision)
     parts = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch))
-    assert parts["weights"] + parts["adam"] == pytest.approx(resident_bytes(model, optimizer) * 12 / 16, rel=1e-3)
+    assert parts["weights"] + parts["adam"] == pytest.approx(resident * 12 / 16, rel=1e-3)
     assert parts["total"] == pytest.approx(measured, rel=0.1)
     # a shape that knows nothing of the batch is still a plan
     assert memory_bytes(cfg, batch.n_slots, precision)["total"] == pytest.approx(measured, rel=0.4)
@@ -91,20 +97,9 @@ def test_the_peak_of_a_step_is_within_ten_percent(
 def test_long_documents_hold_the_attention_weights_of_what_they_see(
     precision: str, build_batch: Callable[..., PackedBatch]
 ) -> None:
-    if precision == "bf16" != choose_precision("auto"):
-        pytest.skip("this CPU has no bf16 products: its steps would take minutes")
     cfg = config(patch_size=2, head_dim=8)
     batch = build_batch(["t" * 500 + "|" + "t" * 524] * 2)
-    model = Decoder(cfg)
-    init_weights(model, cfg, 0)
-    optimizer, tensors = build_optimizer(model, cfg, TrainConfig()), batch.torch()
-
-    def step() -> None:
-        train_step(model, optimizer, tensors, precision=precision, clip=1.0)
-
-    step()
-    optimizer.zero_grad()
-    measured = resident_bytes(model, optimizer) + peak_bytes(step)
+    _, measured = measure(cfg, batch, precision)
     predicted = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch))["total"]
     assert predicted == pytest.approx(measured, rel=0.1)
 
