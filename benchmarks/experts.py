@@ -39,7 +39,7 @@ from isofusion.train.process import reproducible
 from isofusion.train.step import choose_precision, train_step
 
 TARGET_EXPERTS, TARGET_MULTIMODAL = 0.8, 0.9
-WARMUP = 1  # turns that are not timed
+WARMUP = 4  # turns that are not timed: a heap grows in the first dozen of steps, once
 EXPERTS = 8
 
 

@@ -29,8 +29,11 @@ def model_of(cfg: Any, attention: str = "sdpa", seed: int = 0) -> Decoder:
 
 @torch.no_grad()
 def logits_of(model: Decoder, batch: PackedBatch) -> torch.Tensor:
-    batch = batch.torch()
-    return model.logits(model(batch).hidden_TD)
+    output = model(batch.torch())
+    logits = model.logits(output.hidden_TD)
+    if output.place_T is None:
+        return logits
+    return logits[output.place_T].where(output.place_T[:, None] >= 0, 0.0)  # of padding that was left out
 
 
 def change_token(batch: PackedBatch, slot: int) -> PackedBatch:

@@ -89,8 +89,10 @@ def test_the_peak_of_a_step_is_within_ten_percent(
     parts = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch))
     assert parts["weights"] + parts["adam"] == pytest.approx(resident * 12 / 16, rel=1e-3)
     assert parts["total"] == pytest.approx(measured, rel=0.1)
-    # a shape that knows nothing of the batch is still a plan
-    assert memory_bytes(cfg, batch.n_slots, precision)["total"] == pytest.approx(measured, rel=0.4)
+    # what knows nothing of the batch is still a plan: of its tokens near, of full rows never too low
+    real = int((batch.doc_id >= 0).sum())
+    assert memory_bytes(cfg, real, precision)["total"] == pytest.approx(measured, rel=0.25)
+    assert memory_bytes(cfg, batch.n_slots, precision)["total"] > 0.9 * measured
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -91,6 +91,28 @@ class PackedBatch:
         moved = {name: v.to(device, non_blocking=True) for name, v in moved.items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
+    def without_padding(self, multiple: int = 1) -> tuple[PackedBatch, Any]:
+        """A torch batch as one row: its real slots in order, then padding until their number is a multiple.
+
+        Also returns where each slot went, i64[T] (-1: left out); None where nothing is left out and the batch is as it
+        was. Keys, row numbers and facts stay.
+        """
+        import torch
+
+        real_T = self.doc_id >= 0
+        n = int(real_T.sum())
+        size = max(1, -(-n // multiple)) * multiple
+        if size >= self.n_slots:
+            return self, None
+        kept = torch.cat((real_T.nonzero(), (~real_T).nonzero()[: size - n])).squeeze(1)
+        place_T = torch.full(real_T.shape, -1, dtype=torch.int64, device=real_T.device)
+        place_T[kept] = torch.arange(size, device=real_T.device)
+        changed = {name: getattr(self, name).index_select(0, kept) for name in SLOT_VECTORS}
+        changed["patch_slot"] = place_T.index_select(0, self.patch_slot)
+        if self.target_slot is not None:
+            changed["target_slot"] = place_T.index_select(0, self.target_slot)
+        return replace(self, rows=1, row_len=size, **changed), place_T
+
     def split(self, rows: int) -> list[PackedBatch]:
         """A NumPy batch as micro-batches of at most `rows` rows each, in order; ids keep their values."""
         if rows >= self.rows:

@@ -146,7 +146,10 @@ class DocumentPlan(AttentionPlan):
         gather: list[np.ndarray] = []
         self.blocks: list[Stack] = []
         self.sizes: list[int] = []
-        for members, width in _blocks_by_length(lengths, heads):
+        one_length = lengths.size > 0 and lengths.min() == lengths.max()
+        for members, longest in _blocks_by_length(lengths, heads):
+            # a multiple of 8: fewer different products for oneDNN to compile
+            width = -(-longest // 8) * 8 if self.blockwise and not one_length else longest
             offset_L = np.arange(width, dtype=np.int32)
             real_NL = offset_L < lengths[members][:, None]
             slot_NL = starts[members][:, None] + np.where(real_NL, offset_L, 0)
@@ -296,16 +299,20 @@ def _blocks_by_length(lengths: np.ndarray, heads: int) -> list[tuple[np.ndarray,
     return blocks
 
 
+def choose_execution(asked: str, device: torch.device, head_dim: int) -> str:
+    """One of EXECUTIONS; "auto": flex on CUDA where heads are wide enough for it, else sdpa."""
+    if asked == "auto":
+        return "sdpa" if device.type != "cuda" else "flex" if head_dim >= FLEX_HEAD else "dense"
+    if asked not in EXECUTIONS:
+        raise InputError(f'attention "{asked}" is unknown; choose one of {", ".join(EXECUTIONS)} or auto')
+    return asked
+
+
 def make_plan(execution: str, batch: PackedBatch, head_dim: int, heads: int, theta: float) -> AttentionPlan:
-    """The plan of a torch batch; `execution` is one of EXECUTIONS or "auto" (flex on CUDA, else sdpa)."""
-    device = batch.doc_id.device
-    if execution == "auto":
-        execution = "sdpa" if device.type != "cuda" else "flex" if head_dim >= FLEX_HEAD else "dense"
-    if execution not in EXECUTIONS:
-        raise InputError(f'attention "{execution}" is unknown; choose one of {", ".join(EXECUTIONS)} or auto')
+    """The plan of a torch batch; `execution` is one of EXECUTIONS."""
     phase = rope_phase(batch.position, head_dim, heads, theta)
     kind = {"dense": DensePlan, "sdpa": DocumentPlan, "flex": FlexPlan}[execution]
-    return kind(phase, _attention_dtype(device), batch)
+    return kind(phase, _attention_dtype(batch.doc_id.device), batch)
 
 
 def image_plan(images: int, patches: int, head_dim: int, heads: int, theta: float, device: torch.device) -> ImagePlan:

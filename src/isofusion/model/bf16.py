@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from isofusion.model.fused import exactly
-from isofusion.model.memory import LOGITS, QUERIES
+from isofusion.model.memory import LOGITS, QUERIES, ROUND
 
 
 def seen(allowed_NLL: np.ndarray | None, length: int) -> tuple[int, ...]:
@@ -32,11 +33,12 @@ def seen(allowed_NLL: np.ndarray | None, length: int) -> tuple[int, ...]:
     return tuple(int(np.flatnonzero(any_LL[at : at + QUERIES].any(0))[-1]) + 1 for at in starts)
 
 
-def _heads(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """[N*L, H, K] -> contiguous [N*H, L, K] in `dtype`."""
+def _heads(x: Tensor, n: int, dtype: torch.dtype, scale: float | None = None) -> Tensor:
+    """[N*L, H, K] -> contiguous [N*H, L, K] in `dtype`, times `scale`."""
     heads, head = x.shape[1:]
     out = torch.empty(n, heads, x.shape[0] // n, head, dtype=dtype)
-    return out.copy_(x.view(n, -1, heads, head).transpose(1, 2)).flatten(0, 1)
+    turned = x.view(n, -1, heads, head).transpose(1, 2)
+    return (out.copy_(turned) if scale is None else torch.mul(turned, scale, out=out)).flatten(0, 1)
 
 
 class _Attention(torch.autograd.Function):
@@ -48,18 +50,18 @@ class _Attention(torch.autograd.Function):
         length = slots // n
         low = torch.bfloat16
         scale = head**-0.5
-        scaled, k_, v_ = _heads(q * scale, n, torch.float32), _heads(k, n, torch.float32), _heads(v, n, low)
-        out = torch.empty_like(v_)
-        kept = []
+        scaled, k_, v_ = _heads(q, n, torch.float32, scale), _heads(k, n, torch.float32), _heads(v, n, low)
+        kept, outs = [], []
         for at, end in zip(range(0, length, QUERIES), keys, strict=True):
             to = min(length, at + QUERIES)
             scores = torch.bmm(scaled[:, at:to], k_[:, :end].mT)
             if mask is not None:
                 scores.view(n, heads, to - at, end).add_(mask[..., at:to, :end])
             weights = torch.softmax(scores, -1).to(low)
-            out[:, at:to] = torch.bmm(weights, v_[:, :end])
+            outs.append(torch.bmm(weights, v_[:, :end]))
             kept.append(weights)
-        ctx.save_for_backward(scaled.to(low), (k_ * scale).to(low), v_, *kept)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+        ctx.save_for_backward(scaled.to(low), torch.mul(k_, scale, out=torch.empty_like(k_, dtype=low)), v_, *kept)
         ctx.n, ctx.keys = n, keys
         return out.view(n, heads, length, head).transpose(1, 2).reshape(slots, heads * head)
 
@@ -70,21 +72,31 @@ class _Attention(torch.autograd.Function):
         n, length, head = ctx.n, scaled.shape[1], scaled.shape[2]
         heads = scaled.shape[0] // n
         grad_o = _heads(grad.view(n * length, heads, head), n, v.dtype)
-        grad_q = torch.empty_like(scaled)
-        grad_k, grad_v = torch.zeros(k.shape), torch.zeros(k.shape)
-        for at, end, weights in zip(range(0, length, QUERIES), ctx.keys, kept, strict=True):
-            rows = slice(at, min(length, at + QUERIES))
-            grad_w = torch.bmm(grad_o[:, rows], v[:, :end].mT)
-            grad_s = torch.ops.aten._softmax_backward_data(grad_w, weights, -1, weights.dtype)
-            grad_q[:, rows] = torch.bmm(grad_s, k[:, :end])
-            grad_k[:, :end] += torch.bmm(grad_s.mT, scaled[:, rows])
-            grad_v[:, :end] += torch.bmm(weights.mT, grad_o[:, rows])
+        if len(kept) == 1 and ctx.keys[0] == length:
+            grad_q, grad_k, grad_v = _gradients(grad_o, scaled, k, v, kept[0])
+        else:
+            grad_q, grad_k, grad_v = torch.empty_like(scaled), torch.zeros(k.shape), torch.zeros(k.shape)
+            for at, end, weights in zip(range(0, length, QUERIES), ctx.keys, kept, strict=True):
+                rows = slice(at, min(length, at + QUERIES))
+                grads = _gradients(grad_o[:, rows], scaled[:, rows], k[:, :end], v[:, :end], weights)
+                grad_q[:, rows] = grads[0]
+                grad_k[:, :end] += grads[1]
+                grad_v[:, :end] += grads[2]
 
         def back(x: Tensor) -> Tensor:
             out = torch.empty(n, length, heads, head)
             return out.copy_(x.view(n, heads, length, head).transpose(1, 2)).view(-1, heads, head)
 
         return back(grad_q), back(grad_k), back(grad_v), None, None, None
+
+
+def _gradients(
+    grad_o: Tensor, scaled: Tensor, k: Tensor, v: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the queries, and of the keys and values through these queries, all in bf16."""
+    grad_w = torch.bmm(grad_o, v.mT)
+    grad_s = torch.ops.aten._softmax_backward_data(grad_w, weights, -1, weights.dtype)
+    return torch.bmm(grad_s, k), torch.bmm(grad_s.mT, scaled), torch.bmm(weights.mT, grad_o)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None, keys: tuple[int, ...]) -> Tensor:
@@ -101,8 +113,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, targets_n: Tensor) -> Tensor:
         low = torch.bfloat16
-        hidden, weight = hidden_nD.to(low), weight_VD.to(low)
-        n, vocabulary = hidden.shape[0], weight.shape[0]
+        count, vocabulary = hidden_nD.shape[0], weight_VD.shape[0]
+        filler = -count % ROUND  # rows of zeros with target 0, whose loss has no weight
+        hidden, weight = F.pad(hidden_nD.to(low), (0, 0, 0, filler)), weight_VD.to(low)
+        targets_n = F.pad(targets_n, (0, filler))
+        n = count + filler
         nll_n = torch.empty(n)
         grad_nV = torch.empty(n, vocabulary, dtype=low)
         step = max(1, LOGITS // vocabulary)
@@ -117,14 +132,17 @@ class _HeadLoss(torch.autograd.Function):
             torch.sub(top, own, out=nll_n[rows]).sub_(share.amax(1).log_())
             grad_nV[rows] = share.scatter_add_(1, target, torch.full(target.shape, -1.0))
         ctx.save_for_backward(hidden, weight, grad_nV)
-        return nll_n
+        return nll_n[:count]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, grad_nV = ctx.saved_tensors
-        grad_hidden = (grad_nV @ weight) * grad_n[:, None]  # float32: a row's factor commutes with the product
-        grad_weight = grad_nV.T @ (hidden * grad_n[:, None]).to(hidden.dtype)
+        count = grad_n.shape[0]
+        grad_n1 = F.pad(grad_n, (0, hidden.shape[0] - count))[:, None]
+        # float32: a row's factor commutes with the product
+        grad_hidden = (grad_nV @ weight)[:count] * grad_n1[:count]
+        grad_weight = grad_nV.T @ (hidden * grad_n1).to(hidden.dtype)
         return grad_hidden, grad_weight.float(), None
 
 

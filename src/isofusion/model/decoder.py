@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
-from isofusion.model.attention import make_plan
+from isofusion.model.attention import choose_execution, make_plan
 from isofusion.model.bf16 import head_loss
 from isofusion.model.block import Block, run_block
 from isofusion.model.experts import SlotPlan
 from isofusion.model.fused import compute_dtype, exactly
 from isofusion.model.layers import Embedding, Linear, RMSNorm
-from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU
+from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU, ROUND
 from isofusion.model.vision import VisionEncoder, normalise_patches
 
 
@@ -33,12 +33,14 @@ from isofusion.model.vision import VisionEncoder, normalise_patches
 class ModelOutput:
     """`hidden_TD` after the final norm; `balance_loss` float32 scalar, mean over expert layers (0 for dense models);
     `routing` i64 [depth, 2, E]: (token, choice) pairs each expert got, text then image, padding excluded (None: dense).
+    `place_T` i64: the row of `hidden_TD` that is a slot's, -1 for padding that was left out (None: row i is slot i).
     """
 
     hidden_TD: Tensor
     balance_loss: Tensor
     routing: Tensor | None
     probability: Tensor | None  # [depth, G, E], differentiable: see Experts.balance (None: dense)
+    place_T: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -81,8 +83,11 @@ class Decoder(nn.Module):
         return self.patch(normalise_patches(patches)).float()
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
-        cfg = self.cfg
-        plan = make_plan(self.execution, batch, cfg.head_dim, cfg.n_heads, cfg.rope_theta)
+        cfg, place_T = self.cfg, None
+        execution = choose_execution(self.execution, batch.doc_id.device, cfg.head_dim)
+        if execution == "sdpa" and batch.doc_id.device.type == "cpu":  # on a GPU shapes that never change matter more
+            batch, place_T = batch.without_padding(ROUND)
+        plan = make_plan(execution, batch, cfg.head_dim, cfg.n_heads, cfg.rope_theta)
         slots = SlotPlan.of(batch) if cfg.n_experts else None
         x_TD = self.embed(batch.token_ids).index_copy(0, batch.patch_slot, self.see(batch))
         losses, counts, sums = [], [], []
@@ -95,8 +100,8 @@ class Decoder(nn.Module):
                 sums.append(routed.probability_GE)
         hidden_TD = self.final_norm(x_TD)
         if not losses:
-            return ModelOutput(hidden_TD, x_TD.new_zeros(()), None, None)
-        return ModelOutput(hidden_TD, torch.stack(losses).mean(), torch.stack(counts), torch.stack(sums))
+            return ModelOutput(hidden_TD, x_TD.new_zeros(()), None, None, place_T)
+        return ModelOutput(hidden_TD, torch.stack(losses).mean(), torch.stack(counts), torch.stack(sums), place_T)
 
     def compile_blocks(self) -> None:
         """Compile every block in place, whole: blocks of one kind share one compilation, and names do not change."""
@@ -125,7 +130,8 @@ class Decoder(nn.Module):
         """Negative log-likelihood of each slot's target in nats, float32 [T], 0 where there is none."""
         output = self(batch)
         at_n = batch.target_slot if batch.target_slot is not None else (batch.targets >= 0).nonzero().squeeze(1)
-        hidden_nD = output.hidden_TD.index_select(0, at_n)
+        row_n = at_n if output.place_T is None else output.place_T.index_select(0, at_n)
+        hidden_nD = output.hidden_TD.index_select(0, row_n)
         nll_n = self._nll(hidden_nD, batch.targets.index_select(0, at_n))
         nll_T = torch.zeros(batch.targets.shape, device=nll_n.device).index_copy(0, at_n, nll_n)
         return nll_T, output

@@ -11,16 +11,19 @@ T slots, D width, F feed-forward hidden, E experts, K experts per token, M modal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.model.fused import compute_dtype, exactly, regroup, swiglu
 from isofusion.model.layers import unset
+from isofusion.model.memory import ROUND
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,39 @@ def grouped_product(x_GD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tenso
     if x_GD.shape[1] % step == 0 and weight_EDF.shape[2] % step == 0 and x_GD.shape[0]:
         return F.grouped_mm(x_GD, weight_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))
     return torch.cat([rows @ w for rows, w in zip(x_GD.split(counts_E.tolist()), weight_EDF.unbind(), strict=True)])
+
+
+class _Grouped(torch.autograd.Function):
+    """`grouped_product` on a CPU with float32 weights, whose gradient is written in their layout.
+
+    `F.grouped_mm` returns it transposed there, and turning it over costs as much as the products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_GD: Tensor, weight_EDF: Tensor, sizes: list[int]) -> Tensor:
+        weight = weight_EDF.to(x_GD.dtype)
+        out_GF = x_GD.new_empty(x_GD.shape[0], weight.shape[2])
+        for rows, w, out in zip(x_GD.split(sizes), weight.unbind(), out_GF.split(sizes), strict=True):
+            torch.mm(rows, w, out=out)
+        ctx.save_for_backward(x_GD, weight)
+        ctx.sizes = sizes
+        return out_GF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GF: Tensor) -> tuple[Tensor | None, ...]:
+        x_GD, weight = ctx.saved_tensors
+        grad_x = torch.empty_like(x_GD)
+        grad_weight = torch.empty(weight.shape)
+        low = None if weight.dtype == torch.float32 else torch.empty(weight.shape[1:], dtype=weight.dtype)
+        groups = zip(x_GD.split(ctx.sizes), grad_GF.split(ctx.sizes), grad_x.split(ctx.sizes), strict=True)
+        for (x, grad, to), w, to_weight in zip(groups, weight.unbind(), grad_weight.unbind(), strict=True):
+            torch.mm(grad, w.T, out=to)
+            if low is None:
+                torch.mm(x.T, grad, out=to_weight)
+            else:
+                to_weight.copy_(torch.mm(x.T, grad, out=low))
+        return grad_x, grad_weight, None
 
 
 class Experts(nn.Module):
@@ -114,16 +150,25 @@ class Experts(nn.Module):
     def _serve_real(
         self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, counts_E: Tensor, slots: SlotPlan
     ) -> Tensor:
-        """Padding sorts behind the last expert and is cut off: the fewest rows, but their number must be known."""
+        """CPU. Padding sorts behind the last expert and is cut off: the fewest rows, but their number must be known."""
         assert slots.n_real is not None
         key_G = expert_TK.masked_fill(~slots.real_T[:, None], self.n_experts).flatten()
         order_G = key_G.argsort(stable=True)[: slots.n_real * self.top_k]
-        row_G = order_G if self.top_k == 1 else order_G // self.top_k
+        gate_G = gate_TK.flatten().index_select(0, order_G)
         dtype = compute_dtype(x_TD.device)
+        if dtype == torch.bfloat16:  # filler after the rows of an expert is choice 0 once more, with a weight of 0
+            size_E = (counts_E + ROUND - 1) // ROUND * ROUND
+            shift_E = (size_E - counts_E).cumsum(0) - (size_E - counts_E)
+            place_G = torch.arange(order_G.shape[0]) + shift_E.repeat_interleave(counts_E)
+            total, counts_E = int(size_E.sum()), size_E
+            order_G = order_G.new_zeros(total).index_copy(0, place_G, order_G)
+            gate_G = gate_G.new_zeros(total).index_copy(0, place_G, gate_G)
+        row_G = order_G if self.top_k == 1 else order_G // self.top_k
+        sizes = counts_E.tolist()
         rows_GD = x_TD.index_select(0, row_G).to(dtype)
-        hidden_GF = swiglu(grouped_product(rows_GD, self.gate_up.to(dtype), counts_E))
-        served_GD = grouped_product(hidden_GF, self.down.to(dtype), counts_E)
-        weighted_GD = served_GD * gate_TK.flatten().index_select(0, order_G)[:, None]
+        hidden_GF = swiglu(_Grouped.apply(rows_GD, self.gate_up, sizes))
+        served_GD = _Grouped.apply(hidden_GF, self.down, sizes)
+        weighted_GD = served_GD * gate_G[:, None]
         return torch.zeros(x_TD.shape, dtype=weighted_GD.dtype, device=x_TD.device).index_add(0, row_G, weighted_GD)
 
     def _serve_all(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, counts_E: Tensor, slots: SlotPlan) -> Tensor:

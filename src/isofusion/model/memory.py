@@ -23,6 +23,9 @@ LOGITS = 2**19
 """Logits of one piece of `bf16.head_loss`: 2 MiB in float32, about what second-level caches hold."""
 QUERIES = 128
 """Queries of one product of `bf16.attention`: fewer skip more of the square, more make larger products."""
+ROUND = 16
+"""On a CPU the rows of a product (slots, targets, the tokens of an expert) are filled up to a multiple of this: oneDNN
+compiles a kernel for every new shape, about 0.3 ms each, and keeps a thousand."""
 IMAGE_SHARE = 0.544
 """Share of patches among the tokens of the paper's mixture, where no batch says otherwise."""
 DOCUMENT = 256  # slots of a document, where no batch says otherwise: it sets the size of the masks on a CPU
@@ -82,7 +85,7 @@ def _block(
         kept += t_f * size * (3 + silu)  # gate, up, (silu,) product
         held = t_f * size * 3 + 4 * t_d + (t_d * size if size == 2 else 0)
         return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
-    rows = (real if cpu else slots) * top_k
+    rows = (real if cpu else slots) * top_k + (experts * ROUND / 2 if cpu and size == 2 else 0.0)
     kept += rows * width * size * 2 + rows * hidden * size * (3 + silu)  # rows in and out, gate, up, (silu,) product
     kept += slots * top_k * 24 + rows * 20  # choices, order
     if router:  # its probabilities, and what it reads in float32
@@ -102,7 +105,8 @@ def memory_bytes(
 ) -> dict[str, float]:
     """Bytes of one device at the worst moment of a step, by what they are for; "total" is their sum.
 
-    `slots` of one micro-batch, padding included; `shape`: what it holds (default: the paper's mixture).
+    `slots` of one micro-batch, padding included; `shape`: what it holds (default: the paper's mixture, no padding, which
+    on a CPU costs nothing).
     `recompute`: blocks whose activations are computed again in the backward pass. `compiled`: a GPU's default.
     """
     shape = shape or nominal_shape(slots)
@@ -111,10 +115,12 @@ def memory_bytes(
     size = 4.0 if precision == "fp32" else 2.0
     n = count_parameters(cfg)
     d, patches = cfg.width, shape.image_tokens
+    real = float(shape.text_tokens + shape.image_tokens)
+    if cpu:  # padding is left out (PackedBatch.without_padding)
+        slots = min(slots, round(-(-real // ROUND) * ROUND))
     places = slots * PADDED if cpu else slots
     attention, ffn = 4 * d * d, 3 * d * cfg.hidden()
     inside = attention + ffn * max(1, cfg.n_experts) + (cfg.n_experts * d if cfg.routing == "agnostic" else 0)
-    real = float(shape.text_tokens + shape.image_tokens)
     squares = 2.0 * shape.attention_pairs  # of the documents' lengths, for text; more for images
     pairs = min(squares, shape.attention_pairs + QUERIES / 2 * real)
     moe = (cfg.n_experts, cfg.top_k, real, cfg.routing == "agnostic")
