@@ -49,12 +49,30 @@ def test_attention_is_that_of_float32_within_bf16s_rounding(allowed: np.ndarray 
     weight = torch.randn(n * length, heads * head, generator=make)
     mask = None if allowed is None else additive(allowed)
     results = []
-    for keys in (bf16.seen(allowed, length), None):
-        out = Stack(n, mask, keys=keys).attend(q, k, v)
-        assert out.dtype == (torch.float32 if keys is None else torch.bfloat16)
+    for low in (True, False):
+        out = blockwise(q, k, v, n, mask, bf16.seen(allowed, length)) if low else Stack(n, mask).attend(q, k, v)
+        assert out.dtype == (torch.bfloat16 if low else torch.float32)
         results.append([out.float(), *torch.autograd.grad(out, (q, k, v), weight.to(out.dtype))])
     for name, ours, exact in zip("oqkv", *results, strict=True):
         assert (ours - exact).norm() < 0.006 * exact.norm(), name  # bf16 keeps 8 bits: 0.4 %
+
+
+def blockwise(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None, keys: tuple[int, ...]) -> Tensor:
+    """q, k, v [N*L, H, K] in the order of slots -> bf16 [N*L, H*K]."""
+    slots, heads, head = q.shape
+    stack = bf16.Stack(n, slots // n, keys, mask)
+    rows = bf16.Rows.of([stack], [np.arange(slots).reshape(n, -1)], np.zeros(0, np.int64), heads)
+    q, k, v = (x.flatten(0, 1).index_select(0, rows.take_R) for x in (q * head**-0.5, k, v.bfloat16()))
+    return bf16.attention(q, k, v, rows).index_select(0, rows.give_TH).view(slots, -1)
+
+
+def test_rows_lie_stack_after_stack_and_head_after_head() -> None:
+    stacks = [bf16.Stack(1, 2, (2,)), bf16.Stack(2, 1, (1,))]
+    # slot 2 is there twice: its second place fills a document up
+    rows = bf16.Rows.of(stacks, [np.array([[2, 0]]), np.array([[1], [2]])], np.array([3]), 2)
+    assert rows.take_R.tolist() == [4, 0, 5, 1, 2, 3, 4, 5, 6, 7]
+    assert rows.give_TH.tolist() == [1, 3, 4, 5, 0, 2, 8, 9]
+    assert rows.real == 8
 
 
 def test_scores_are_not_rounded() -> None:
@@ -62,7 +80,7 @@ def test_scores_are_not_rounded() -> None:
     q = torch.full((2, 1, 1), 8.0)
     k = torch.tensor([8.0, 8.025]).view(2, 1, 1)
     v = torch.tensor([0.0, 1.0]).view(2, 1, 1)
-    out = bf16.attention(q, k, v, 1, None, (2,))
+    out = blockwise(q, k, v, 1, None, (2,))
     assert float(out[0, 0]) == pytest.approx(1 / (1 + np.exp(-0.2)), abs=0.003)
 
 
@@ -173,9 +191,9 @@ def test_the_plan_takes_blocks_of_queries_in_bf16_alone(batch: PackedBatch) -> N
     phase = rope_phase(torch_batch.position, 8, 2, 1e4)
     for low in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            plan = DocumentPlan(phase, torch.float32, torch_batch)
-            images = ImagePlan(phase, torch.float32, 7)
-        assert plan.blocks
-        assert all((stack.keys is not None) == low for stack in plan.blocks)
-        q = torch.ones(14, 2, 8)
-        assert images.attend(q, q, q).dtype == (torch.bfloat16 if low else torch.float32)
+            plan = DocumentPlan(phase, torch.float32, torch_batch, 2)
+            images = ImagePlan(phase[:14], torch.float32, 7, 2)
+        assert bool(plan.blocks) != low
+        assert bool(plan.placed and plan.placed.stacks) == bool(images.placed) == low
+        qkv, gain = torch.ones(14, 48, dtype=torch.bfloat16 if low else torch.float32), torch.ones(8)
+        assert images.mix(qkv, gain, gain, 1e-6).dtype == qkv.dtype

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import isofusion.model.decoder as decoder
-from isofusion.data.batch import PackedBatch
+from isofusion.data.batch import SLOT_VECTORS, PackedBatch
 from isofusion.errors import InputError
 from isofusion.model.decoder import Decoder
 from isofusion.model.init import init_weights
@@ -160,3 +160,36 @@ def test_patches_of_the_wrong_size_are_refused(batch: PackedBatch, make_config: 
 def test_a_model_without_init_weights_fails_loudly(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
     nll, _ = Decoder(make_config()).token_losses(batch.torch())
     assert torch.isnan(nll.sum())
+
+
+def test_padding_is_left_out_on_a_cpu_and_changes_nothing(
+    build_batch: Callable[..., PackedBatch], make_config: Callable[..., Any]
+) -> None:
+    """Rows of a few documents and much padding: as many slots as are real, filled up to a multiple of 16."""
+    batch = build_batch(["tttiiiittt" + "." * 20, "." * 30, "tttt|ttt" + "." * 23])
+    short, place_T = batch.torch().without_padding(16)
+    assert (short.rows, short.row_len) == (1, 32)
+    real = np.flatnonzero(batch.doc_id >= 0)
+    assert place_T[real].tolist() == list(range(len(real)))
+    assert int((place_T < 0).sum()) == batch.n_slots - 32
+    for name in SLOT_VECTORS:
+        assert np.array_equal(getattr(short, name)[: len(real)], getattr(batch, name)[real], equal_nan=name == "oracle")
+    assert bool((short.doc_id[len(real) :] < 0).all())
+    assert np.array_equal(np.flatnonzero(short.modality), short.patch_slot)
+    assert np.array_equal(np.flatnonzero(short.targets >= 0), short.target_slot)
+    whole, nothing = short.without_padding(16)
+    assert whole is short
+    assert nothing is None
+    for kind in ("early", "late", "moe"):
+        model = model_of(make_config(kind))
+        seen = []
+        model.final_norm.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[0]))
+        nll, output = model.token_losses(batch.torch())
+        assert seen == [32]
+        assert nll.shape == (90,)
+        dense = model_of(make_config(kind))
+        dense.execution = "dense"
+        exact, other = dense.token_losses(batch.torch())
+        torch.testing.assert_close(nll, exact, rtol=1e-4, atol=1e-5)
+        if kind == "moe":
+            assert torch.equal(output.routing, other.routing)

@@ -5,7 +5,7 @@ section 2.3: causal for text, bidirectional for image tokens). Padding sees itse
 
 - `dense`: explicit float32 softmax over rows; the reference the others are tested against.
 - `sdpa`: documents of similar length are stacked into [documents, length] blocks, each one call of PyTorch's SDPA, or
-  of `bf16.attention` on CPUs in bf16. Attention then costs what the documents cost, not what the rows cost
+  on CPUs in bf16 a `bf16.Stack`. Attention then costs what the documents cost, not what the rows cost
   (2-4x less on a CPU at the miniature's sizes).
 - `flex`: FlexAttention with a block mask over rows; GPU only (it has no CPU backward).
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
 from isofusion.model import bf16
-from isofusion.model.fused import compute_dtype, exactly, regroup
+from isofusion.model.fused import compute_dtype, exactly, heads_of, regroup, rows_of
 
 EXECUTIONS = ("dense", "sdpa", "flex")
 FLEX_HEAD = 16
@@ -59,15 +59,27 @@ class AttentionPlan:
     """What every layer shares for one batch: RoPE phases, the mask, and where q, k, v of each slot are placed.
 
     `gather` i64[T'] says which slot fills each place; `inverse` i64[T] says where each slot went; None = in order.
+    `placed` is there in place of both on CPUs in bf16.
     """
 
     gather: Tensor | None = None
     inverse: Tensor | None = None
+    placed: bf16.Rows | None = None
 
     def __init__(self, phase: Tensor, dtype: torch.dtype) -> None:
         self.phase = phase
         self.dtype = dtype
         self.blockwise = phase.device.type == "cpu" and compute_dtype(phase.device) == torch.bfloat16
+
+    def mix(self, qkv: Tensor, gain_q: Tensor, gain_k: Tensor, eps: float) -> Tensor:
+        """A fused projection [T, 3D] -> QK-norm, RoPE and attention -> [T, D], both in slot order."""
+        if self.placed is None:
+            return self.attend(
+                *heads_of(qkv, gain_q, gain_k, self.phase, self.gather, self.inverse, eps, self.dtype)
+            )  # fmt: skip
+        take, give = self.placed.take_R, self.placed.give_TH
+        q, k, v = rows_of(qkv, gain_q * gain_q.shape[0] ** -0.5, gain_k, self.phase, take, give, eps)
+        return regroup(bf16.attention(q, k, v, self.placed), give, take).view(qkv.shape[0], qkv.shape[1] // 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [T', H, K] in the order of `gather` -> [T, H*K] in slot order."""
@@ -83,18 +95,15 @@ def _flat(out_NHLK: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Stack:
     """`n` documents of one padded length. `mask`: [N or 1, 1, L, L], 0 or -inf; None: every place sees all of its L, or
-    with `causal` the earlier ones. `keys`: how far the blocks of queries see, for `bf16.attention` (None: SDPA).
+    with `causal` the earlier ones.
     """
 
     n: int
     mask: Tensor | None = None
     causal: bool = False
-    keys: tuple[int, ...] | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [N*L, H, K] -> [N*L, H*K]."""
-        if self.keys is not None:
-            return bf16.attention(q, k, v, self.n, self.mask, self.keys)
         q, k, v = (x.unflatten(0, (self.n, -1)).transpose(1, 2) for x in (q, k, v))
         with exactly(q.device):  # inputs have the plan's dtype already
             return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal))
@@ -103,15 +112,18 @@ class Stack:
 class ImagePlan(AttentionPlan):
     """Bidirectional inside each image, for the late-fusion encoder: images of `patches` patches."""
 
-    def __init__(self, phase: Tensor, dtype: torch.dtype, patches: int) -> None:
+    def __init__(self, phase: Tensor, dtype: torch.dtype, patches: int, heads: int) -> None:
         super().__init__(phase, dtype)
         self.patches = patches
+        if self.blockwise and phase.shape[0]:
+            slot_IP = np.arange(phase.shape[0]).reshape(-1, patches)
+            stack = bf16.Stack(len(slot_IP), patches, bf16.seen(None, patches))
+            self.placed = bf16.Rows.of([stack], [slot_IP], np.zeros(0, np.int64), heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[0] == 0:  # no image in this batch: keep the graph whole without an attention call
             return (q + k + v).flatten(1)
-        keys = bf16.seen(None, self.patches) if self.blockwise else None
-        return Stack(q.shape[0] // self.patches, keys=keys).attend(q, k, v)
+        return Stack(q.shape[0] // self.patches).attend(q, k, v)
 
 
 class DensePlan(AttentionPlan):
@@ -135,27 +147,21 @@ class DensePlan(AttentionPlan):
 class DocumentPlan(AttentionPlan):
     """Documents stacked by length. Padding slots come last and return their own value."""
 
-    def __init__(self, phase: Tensor, dtype: torch.dtype, batch: PackedBatch) -> None:
+    def __init__(self, phase: Tensor, dtype: torch.dtype, batch: PackedBatch, heads: int) -> None:
         super().__init__(phase, dtype)
-        device = phase.device
-        doc = batch.doc_id.cpu().numpy()
         image = batch.image_id.cpu().numpy()
-        heads = phase.shape[1] // 2 if phase.is_complex() else 1
-        starts, lengths, padding = _documents(doc, batch.row_len)
-        inverse = np.empty(doc.shape[0], dtype=np.int64)
-        gather: list[np.ndarray] = []
-        self.blocks: list[Stack] = []
-        self.sizes: list[int] = []
+        starts, lengths, padding = _documents(batch.doc_id.cpu().numpy(), batch.row_len)
         one_length = lengths.size > 0 and lengths.min() == lengths.max()
+        slots: list[np.ndarray] = []
+        self.blocks: list[Stack] = []
+        stacks: list[bf16.Stack] = []
         for members, longest in _blocks_by_length(lengths, heads):
             # a multiple of 8: fewer different products for oneDNN to compile
             width = -(-longest // 8) * 8 if self.blockwise and not one_length else longest
             offset_L = np.arange(width, dtype=np.int32)
             real_NL = offset_L < lengths[members][:, None]
             slot_NL = starts[members][:, None] + np.where(real_NL, offset_L, 0)
-            inverse[slot_NL[real_NL]] = sum(self.sizes) + np.flatnonzero(real_NL)
-            gather.append(slot_NL.ravel())
-            self.sizes.append(slot_NL.size)
+            slots.append(slot_NL)
             plain = bool(real_NL.all()) and not (image[slot_NL] >= 0).any()
             if plain and not self.blockwise:
                 # plain text of one length: SDPA's own causal form skips half of the scores. Not with filler places,
@@ -175,14 +181,19 @@ class DocumentPlan(AttentionPlan):
             )
             # SDPA turns a bool mask into a float one at every call: do it once per batch
             mask = torch.from_numpy(np.where(allowed, np.float32(0), np.float32("-inf")))
-            keys = bf16.seen(allowed, width) if self.blockwise else None
-            self.blocks.append(Stack(len(members), mask.to(device, dtype), keys=keys))
-        if len(self.blocks) == 1 and not padding.size and self.sizes[0] == inverse.size:
+            if self.blockwise:
+                stacks.append(bf16.Stack(len(members), width, bf16.seen(allowed, width), mask))
+            else:
+                self.blocks.append(Stack(len(members), mask.to(phase.device, dtype)))
+        if self.blockwise:
+            self.placed = bf16.Rows.of(stacks, slots, padding, heads)
+            return
+        self.sizes = [slot_NL.size for slot_NL in slots]
+        if len(slots) == 1 and not padding.size and self.sizes[0] == batch.n_slots:
             return  # documents of one length that fill the rows lie in order already
-        inverse[padding] = sum(self.sizes) + np.arange(padding.size)
         self.sizes.append(int(padding.size))
-        self.gather = torch.from_numpy(np.concatenate([*gather, padding]).astype(np.int64)).to(device)
-        self.inverse = torch.from_numpy(inverse).to(device)
+        gather = np.concatenate([*(slot_NL.ravel() for slot_NL in slots), padding])
+        self.gather, self.inverse = (torch.from_numpy(x).to(phase.device) for x in (gather, bf16.first_places(gather)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.gather is None:
@@ -311,14 +322,16 @@ def choose_execution(asked: str, device: torch.device, head_dim: int) -> str:
 def make_plan(execution: str, batch: PackedBatch, head_dim: int, heads: int, theta: float) -> AttentionPlan:
     """The plan of a torch batch; `execution` is one of EXECUTIONS."""
     phase = rope_phase(batch.position, head_dim, heads, theta)
-    kind = {"dense": DensePlan, "sdpa": DocumentPlan, "flex": FlexPlan}[execution]
-    return kind(phase, _attention_dtype(batch.doc_id.device), batch)
+    dtype = _attention_dtype(batch.doc_id.device)
+    if execution == "sdpa":
+        return DocumentPlan(phase, dtype, batch, heads)
+    return {"dense": DensePlan, "flex": FlexPlan}[execution](phase, dtype, batch)
 
 
 def image_plan(images: int, patches: int, head_dim: int, heads: int, theta: float, device: torch.device) -> ImagePlan:
     """The encoder's plan: RoPE runs over the patch index inside each image."""
     phase = rope_phase(torch.arange(patches, device=device), head_dim, heads, theta)
-    return ImagePlan(phase.repeat(images, *[1] * (phase.dim() - 1)), _attention_dtype(device), patches)
+    return ImagePlan(phase.repeat(images, *[1] * (phase.dim() - 1)), _attention_dtype(device), patches, heads)
 
 
 def _attention_dtype(device: torch.device) -> torch.dtype:

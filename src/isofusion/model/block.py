@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from isofusion.config import ModelConfig
 from isofusion.model.attention import AttentionPlan
 from isofusion.model.experts import Experts, ExpertsOutput, SlotPlan
-from isofusion.model.fused import heads_of, swiglu
+from isofusion.model.fused import swiglu
 from isofusion.model.layers import Linear, RMSNorm, unset
 
 
@@ -33,10 +33,7 @@ class Attention(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor, plan: AttentionPlan) -> Tensor:
-        q, k, v = heads_of(
-            self.qkv(x_TD), self.q_gain, self.k_gain, plan.phase, plan.gather, plan.inverse, self.eps, plan.dtype
-        )
-        return self.out(plan.attend(q, k, v))
+        return self.out(plan.mix(self.qkv(x_TD), self.q_gain, self.k_gain, self.eps))
 
 
 class FeedForward(nn.Module):

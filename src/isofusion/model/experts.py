@@ -62,12 +62,16 @@ def modality_mask(cfg: ModelConfig) -> np.ndarray:
 def grouped_product(x_GD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Rows sorted by expert times that expert's matrix: [G, D], [E, D, F], how many rows each expert has -> [G, F].
 
-    `F.grouped_mm` needs strides in multiples of 16 bytes; widths that do not fit go through a loop over experts.
+    Rows behind the last expert's are undefined. `F.grouped_mm` needs strides in multiples of 16 bytes; widths that do
+    not fit go through a loop over experts, which asks the device for the counts.
     """
     step = 16 // x_GD.element_size()
     if x_GD.shape[1] % step == 0 and weight_EDF.shape[2] % step == 0 and x_GD.shape[0]:
         return F.grouped_mm(x_GD, weight_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))
-    return torch.cat([rows @ w for rows, w in zip(x_GD.split(counts_E.tolist()), weight_EDF.unbind(), strict=True)])
+    sizes = counts_E.tolist()
+    *groups, rest = x_GD.split([*sizes, x_GD.shape[0] - sum(sizes)])
+    products = [rows @ w for rows, w in zip(groups, weight_EDF.unbind(), strict=True)]
+    return torch.cat([*products, rest.new_zeros(rest.shape[0], weight_EDF.shape[2])])
 
 
 class _Grouped(torch.autograd.Function):

@@ -11,6 +11,7 @@ T slots, D width, H heads, K head_dim, F feed-forward hidden
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -105,6 +106,41 @@ def _rotate(x_THK: Tensor, phase: Tensor, sign: float) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
 
+def _normalise_and_turn(
+    qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, eps: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """q and k of a projection [T, 3D], normalised and rotated: float32 [T, 2H, K], and what `_turn_back` needs."""
+    head = gain_q.shape[0]
+    slots, heads = qkv.shape[0], qkv.shape[1] // (3 * head)
+    qk = qkv[:, : 2 * heads * head].float().unflatten(-1, (2 * heads, head))
+    scale = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().div_(head).add_(eps).rsqrt_()
+    unit = qk * scale
+    gain = torch.cat((gain_q.repeat(heads), gain_k.repeat(heads)))
+    return _rotate((unit.flatten(1) * gain).view(slots, 2 * heads, head), phase, 1.0), (unit, scale, gain)
+
+
+def _turn_back(grad: Tensor, saved: Sequence[Tensor], phase: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """From the gradient of the rotated q and k, [T, 2H, K]: of what was projected, float32, and of the two gains."""
+    unit, scale, gain = saved
+    _, twice, head = unit.shape
+    grad = _rotate(grad.float(), phase, -1.0)
+    product = grad * unit
+    of_q, of_k = product.sum(0).view(2, twice // 2, head).sum(1)
+    weight = gain.view(twice, head)
+    along = (product.mul_(weight)).sum(-1, keepdim=True).div_(-head)
+    return (grad * weight).addcmul_(unit, along).mul_(scale), (of_q, of_k)
+
+
+def _joined(grad_qk: Tensor, grad_v: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, 2H, K] and [T, H, K] -> the gradient of the fused projection, [T, 3D]."""
+    slots, heads, head = grad_v.shape
+    split = 2 * heads * head
+    grad_qkv = torch.empty(slots, 3 * heads * head, dtype=dtype, device=grad_qk.device)
+    grad_qkv[:, :split] = grad_qk.flatten(1)
+    grad_qkv[:, split:] = grad_v.flatten(1)
+    return grad_qkv
+
+
 class _HeadsOf(torch.autograd.Function):
     """[T, 3D] of the fused projection -> normalised, rotated, regrouped q, k and regrouped v, each [T', H, K]."""
 
@@ -120,17 +156,13 @@ class _HeadsOf(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head = gain_q.shape[0]
-        slots, heads = qkv.shape[0], qkv.shape[1] // (3 * head)
-        split = 2 * heads * head
-        qk = qkv[:, :split].float().unflatten(-1, (2 * heads, head))
-        scale = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().div_(head).add_(eps).rsqrt_()
-        unit = qk * scale
-        gain = torch.cat((gain_q.repeat(heads), gain_k.repeat(heads)))
-        turned = _rotate((unit.flatten(1) * gain).view(slots, 2 * heads, head), phase, 1.0).to(dtype)
-        parts = (turned[:, :heads], turned[:, heads:], qkv[:, split:].unflatten(-1, (heads, head)).to(dtype))
-        ctx.save_for_backward(unit, scale, gain, phase, inverse)
-        ctx.heads, ctx.dtype = heads, qkv.dtype
+        turned, saved = _normalise_and_turn(qkv, gain_q, gain_k, phase, eps)
+        heads, head = turned.shape[1] // 2, turned.shape[2]
+        turned = turned.to(dtype)
+        value = qkv[:, 2 * heads * head :].unflatten(-1, (heads, head)).to(dtype)
+        parts = (turned[:, :heads], turned[:, heads:], value)
+        ctx.save_for_backward(*saved, phase, inverse)
+        ctx.dtype = qkv.dtype
         if gather is None:
             return tuple(part.contiguous() for part in parts)  # type: ignore[return-value]
         return tuple(part.index_select(0, gather) for part in parts)  # type: ignore[return-value]
@@ -138,22 +170,37 @@ class _HeadsOf(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        unit, scale, gain, phase, inverse = ctx.saved_tensors
-        slots, twice, head = unit.shape
-        heads = ctx.heads
+        *saved, phase, inverse = ctx.saved_tensors
         if inverse is not None:
             grads = tuple(grad.index_select(0, inverse) for grad in grads)
         grad_q, grad_k, grad_v = grads
-        grad = _rotate(torch.cat((grad_q, grad_k), 1).float(), phase, -1.0)
-        product = grad * unit
-        grad_gain = product.sum(0).view(2, heads, head).sum(1)
-        weight = gain.view(twice, head)
-        along = (product.mul_(weight)).sum(-1, keepdim=True).div_(-head)
-        grad_qk = (grad * weight).addcmul_(unit, along).mul_(scale)
-        grad_qkv = torch.empty(slots, 3 * heads * head, dtype=ctx.dtype, device=unit.device)
-        grad_qkv[:, : twice * head] = grad_qk.flatten(1)
-        grad_qkv[:, twice * head :] = grad_v.flatten(1)
-        return grad_qkv, grad_gain[0], grad_gain[1], None, None, None, None, None
+        grad_qk, of_gains = _turn_back(torch.cat((grad_q, grad_k), 1), saved, phase)
+        return _joined(grad_qk, grad_v, ctx.dtype), *of_gains, None, None, None, None, None
+
+
+class _RowsOf(torch.autograd.Function):
+    """The same, but each head's row is gathered by itself, and v keeps its precision: [R, K]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, take: Tensor, give: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        turned, saved = _normalise_and_turn(qkv, gain_q, gain_k, phase, eps)
+        heads, head = turned.shape[1] // 2, turned.shape[2]
+        ctx.save_for_backward(*saved, phase, give)
+        slot, turned = take // heads, turned.view(-1, head)
+        at_q, at_v = take + slot * heads, take + slot * (2 * heads) + 2 * heads
+        q, k = turned.index_select(0, at_q), turned.index_select(0, at_q + heads)
+        return q, k, qkv.view(-1, head).index_select(0, at_v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, phase, give = ctx.saved_tensors
+        slots, head = saved[0].shape[0], saved[0].shape[2]
+        grad_q, grad_k, grad_v = (grad.index_select(0, give).view(slots, -1, head) for grad in grads)
+        grad_qk, of_gains = _turn_back(torch.cat((grad_q, grad_k), 1), saved, phase)
+        return _joined(grad_qk, grad_v, grad_v.dtype), *of_gains, None, None, None, None
 
 
 def heads_of(
@@ -175,14 +222,28 @@ def heads_of(
     """
     if not torch.compiler.is_compiling():
         return _HeadsOf.apply(qkv, gain_q, gain_k, phase, gather, inverse, eps, dtype)
-    q, k, v = qkv.unflatten(-1, (3, -1, gain_q.shape[0])).unbind(1)
-    phase = phase[:, :1]  # the same angles for every head: read once
-    # complex products are no part of what a compiler fuses, and on a CPU still faster than what it makes of pairs
-    parts = (_rotate(_normalised(q, gain_q, eps), phase, 1.0), _rotate(_normalised(k, gain_k, eps), phase, 1.0), v)
+    parts = _formula(qkv, gain_q, gain_k, phase, eps)
     if gather is None:
         return tuple(part.to(dtype) for part in parts)  # type: ignore[return-value]
     assert inverse is not None
     return tuple(regroup(part.to(dtype), gather, inverse) for part in parts)  # type: ignore[return-value]
+
+
+def rows_of(
+    qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, take: Tensor, give: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for `bf16.Rows`: rows of single heads, float32 q and k and v as projected, each [R, K]."""
+    if not torch.compiler.is_compiling():
+        return _RowsOf.apply(qkv, gain_q, gain_k, phase, take, give, eps)
+    return tuple(regroup(x.flatten(0, 1), take, give) for x in _formula(qkv, gain_q, gain_k, phase, eps))  # type: ignore[return-value]
+
+
+def _formula(qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What both are inside torch.compile, before rows move: [T, H, K]."""
+    q, k, v = qkv.unflatten(-1, (3, -1, gain_q.shape[0])).unbind(1)
+    phase = phase[:, :1]  # the same angles for every head: read once
+    # complex products are no part of what a compiler fuses, and on a CPU still faster than what it makes of pairs
+    return _rotate(_normalised(q, gain_q, eps), phase, 1.0), _rotate(_normalised(k, gain_k, eps), phase, 1.0), v
 
 
 class _Regroup(torch.autograd.Function):

@@ -105,8 +105,8 @@ def memory_bytes(
 ) -> dict[str, float]:
     """Bytes of one device at the worst moment of a step, by what they are for; "total" is their sum.
 
-    `slots` of one micro-batch, padding included; `shape`: what it holds (default: the paper's mixture, no padding, which
-    on a CPU costs nothing).
+    `slots` of one micro-batch, padding included (on a CPU it costs nothing); `shape`: what it holds (default: the
+    paper's mixture, no padding).
     `recompute`: blocks whose activations are computed again in the backward pass. `compiled`: a GPU's default.
     """
     shape = shape or nominal_shape(slots)
