@@ -99,6 +99,21 @@ def test_the_loss_of_the_head_and_its_gradient(monkeypatch: pytest.MonkeyPatch) 
         assert (got - wanted).norm() < 0.006 * wanted.norm()
 
 
+def test_shapes_come_in_steps(build_batch: Callable[..., PackedBatch], make_config: Callable[..., Any]) -> None:
+    """Every new shape is a kernel that oneDNN compiles: targets go in sixteens, stacked documents in eights."""
+    weight = torch.randn(30, 16, requires_grad=True)
+    for n, rows in ((1, 16), (16, 16), (17, 32)):
+        loss = bf16.head_loss(torch.randn(n, 16), weight, torch.arange(n))
+        assert loss.shape == (n,)
+        assert [x.shape[0] for x in loss.grad_fn.saved_tensors] == [rows, 30, rows]
+    batch = build_batch(["t" * 13 + "|" + "t" * 11, "t" * 21 + "..."]).torch()
+    phase = rope_phase(batch.position, 8, 2, 1e4)
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = DocumentPlan(phase, torch.float32, batch, 2)
+    assert plan.placed is not None
+    assert [(stack.n, stack.length) for stack in plan.placed.stacks] == [(3, 24)]
+
+
 def test_the_loss_of_a_target_far_below_the_others_is_finite_and_right() -> None:
     weight = torch.tensor([[300.0], [0.0], [299.0]])
     nll = bf16.head_loss(torch.ones(2, 1), weight, torch.tensor([1, 0]))

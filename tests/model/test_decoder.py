@@ -191,5 +191,8 @@ def test_padding_is_left_out_on_a_cpu_and_changes_nothing(
         dense.execution = "dense"
         exact, other = dense.token_losses(batch.torch())
         torch.testing.assert_close(nll, exact, rtol=1e-4, atol=1e-5)
+        gradients = [torch.autograd.grad(x.sum(), [*m.parameters()]) for x, m in ((nll, model), (exact, dense))]
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
         if kind == "moe":
             assert torch.equal(output.routing, other.routing)

@@ -29,7 +29,7 @@ def train_run(config, folder: Path, runs_root: Path, *, threads: int, on_event=N
     assert os.environ["OMP_NUM_THREADS"] == os.environ["RAYON_NUM_THREADS"] == str(threads)
     assert os.environ["MALLOC_MMAP_MAX_"] == "0"
     assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "4000000000"
-    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert "GLIBC_TUNABLES" in os.environ
     assert os.environ["MALLOC_TOP_PAD_"] == os.environ.get("FAKE_TOP_PAD", "268435456")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if os.environ.get("FAKE_BAD") == config.name:

@@ -103,6 +103,11 @@ def test_recomputed_blocks_give_the_same_gradients(model: dict[str, Any], tmp_pa
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_experts_are_not_compiled_in_fp32_on_a_cpu() -> None:
+    with pytest.raises(InputError, match="experts cannot be compiled in fp32 on a CPU"):
+        Machine(compile=True).prepare(None, config(n_experts=2), "cpu", "fp32")
+
+
 def test_a_run_with_workers_and_micro_batches_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
     run, losses = config(n_experts=4), []

@@ -91,7 +91,7 @@ class PackedBatch:
         moved = {name: v.to(device, non_blocking=True) for name, v in moved.items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
-    def without_padding(self, multiple: int = 1) -> tuple[PackedBatch, Any]:
+    def without_padding(self, multiple: int) -> tuple[PackedBatch, Any]:
         """A torch batch as one row: its real slots in order, then padding until their number is a multiple.
 
         Also returns where each slot went, i64[T] (-1: left out); None where nothing is left out and the batch is as it

@@ -1,7 +1,8 @@
 """Sparse feed-forward: token-choice routing, dropless, top-k of E experts (arXiv 2504.07951, section 4).
 
-Sort the slots by expert, run one grouped matrix product, scatter back. The gate is the softmax probability of the
-chosen experts, *not* renormalised: a renormalised top-1 gate is 1 and the task would give the router no gradient.
+Sort the slots by expert, run one grouped matrix product (on a CPU one product an expert), scatter back. The gate is the
+softmax probability of the chosen experts, *not* renormalised: a renormalised top-1 gate is 1 and the task would give
+the router no gradient.
 `modality_mask[expert, modality]` says who may serve what; all ones is modality-agnostic, one expert per modality is
 the paper's modality-aware baseline (section 4.3), which then needs no router.
 
@@ -146,7 +147,8 @@ class Experts(nn.Module):
         else:
             gate_TK, expert_TK = prob_TE.topk(self.top_k, dim=-1)
         counts_ME = self._count(expert_TK, slots)
-        serve = self._serve_all if slots.n_real is None else self._serve_real
+        fixed = slots.n_real is None or torch.compiler.is_compiling()  # what is compiled has fixed shapes
+        serve = self._serve_all if fixed else self._serve_real
         out_TD = serve(x_TD, gate_TK, expert_TK, counts_ME.sum(0), slots)
         probability_GE = self._group_sums(prob_TE, slots)
         return ExpertsOutput(out_TD, self.balance(probability_GE, counts_ME), counts_ME, probability_GE)
@@ -161,7 +163,7 @@ class Experts(nn.Module):
         gate_G = gate_TK.flatten().index_select(0, order_G)
         dtype = compute_dtype(x_TD.device)
         if dtype == torch.bfloat16:  # filler after the rows of an expert is choice 0 once more, with a weight of 0
-            size_E = (counts_E + ROUND - 1) // ROUND * ROUND
+            size_E = ((counts_E + ROUND - 1) // ROUND * ROUND).where(counts_E > ROUND, counts_E)
             shift_E = (size_E - counts_E).cumsum(0) - (size_E - counts_E)
             place_G = torch.arange(order_G.shape[0]) + shift_E.repeat_interleave(counts_E)
             total, counts_E = int(size_E.sum()), size_E

@@ -85,7 +85,7 @@ def _block(
         kept += t_f * size * (3 + silu)  # gate, up, (silu,) product
         held = t_f * size * 3 + 4 * t_d + (t_d * size if size == 2 else 0)
         return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
-    rows = (real if cpu else slots) * top_k + (experts * ROUND / 2 if cpu and size == 2 else 0.0)
+    rows = (real if cpu else slots) * top_k + (experts * (ROUND - 1) if cpu and size == 2 else 0)
     kept += rows * width * size * 2 + rows * hidden * size * (3 + silu)  # rows in and out, gate, up, (silu,) product
     kept += slots * top_k * 24 + rows * 20  # choices, order
     if router:  # its probabilities, and what it reads in float32

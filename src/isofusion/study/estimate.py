@@ -37,6 +37,7 @@ SHAPE_ROWS = 64  # rows whose realised shape stands for the stream
 PROBE_STEPS = 8
 PROBE_SKIP = 3  # the first steps pay for allocation
 WORKER_BYTES = 450e6  # a worker with torch loaded, before any model
+BF16_BYTES = 300e6  # more on a CPU in bf16: the kernels oneDNN compiled, a heap in more pieces (measured at width 256)
 START_SECONDS = 4.0  # per worker: importing torch, opening the data
 EVAL_PASSES = 3  # true, blind and shuffled image, forward only: a third of a training step each
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments
@@ -290,14 +291,18 @@ def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _memory(run: RunConfig) -> float:
-    """Bytes of one job: its worker and the model with its activations; "auto" is counted as fp32, the larger here."""
+    """Bytes of one job: its worker and the model with its activations; "auto" is counted as what needs more."""
     from isofusion.model.memory import memory_bytes
     from isofusion.study.gpu import HOST_BYTES, gpu_bytes
 
     if gpu_bytes() is not None:  # the model is on the GPU, whose memory gpu_split shares out
         return HOST_BYTES
-    precision = "fp32" if run.train.precision == "auto" else run.train.precision
-    return WORKER_BYTES + memory_bytes(run.model, run.train.rows_per_step * run.data.row_len, precision)["total"]
+    slots = run.train.rows_per_step * run.data.row_len
+    asked = run.train.precision
+    return WORKER_BYTES + max(
+        memory_bytes(run.model, slots, precision)["total"] + (BF16_BYTES if precision == "bf16" else 0.0)
+        for precision in (("fp32", "bf16") if asked == "auto" else (asked,))
+    )
 
 
 def _limits(memory: list[float], disk: float, out: Path, jobs: int) -> list[str]:

@@ -79,6 +79,11 @@ class Machine:
         when one row does not fit the memory.
         """
         compiled = self.compile if self.compile is not None else device != "cpu"
+        if compiled and device == "cpu" and precision == "fp32" and config.model.n_experts:
+            raise InputError(
+                "experts cannot be compiled in fp32 on a CPU: the compiler knows their product in bf16 alone; "
+                "unset ISOFUSION_COMPILE"
+            )
         budget = self.memory
         if budget is None and device != "cpu":
             import torch
