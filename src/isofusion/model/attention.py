@@ -74,9 +74,8 @@ class AttentionPlan:
     def mix(self, qkv: Tensor, gain_q: Tensor, gain_k: Tensor, eps: float) -> Tensor:
         """A fused projection [T, 3D] -> QK-norm, RoPE and attention -> [T, D], both in slot order."""
         if self.placed is None:
-            return self.attend(
-                *heads_of(qkv, gain_q, gain_k, self.phase, self.gather, self.inverse, eps, self.dtype)
-            )  # fmt: skip
+            q, k, v = heads_of(qkv, gain_q, gain_k, self.phase, self.gather, self.inverse, eps, self.dtype)
+            return self.attend(q, k, v)
         take, give = self.placed.take_R, self.placed.give_TH
         q, k, v = rows_of(qkv, gain_q * gain_q.shape[0] ** -0.5, gain_k, self.phase, take, give, eps)
         return regroup(bf16.attention(q, k, v, self.placed), give, take).view(qkv.shape[0], qkv.shape[1] // 3)

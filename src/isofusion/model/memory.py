@@ -22,7 +22,7 @@ HEAD_CHUNK_GPU = 2**28
 LOGITS = 2**19
 """Logits of one piece of `bf16.head_loss`: 2 MiB in float32, about what second-level caches hold."""
 QUERIES = 128
-"""Queries of one product of `bf16.attention`: fewer skip more of the square, more make larger products."""
+"""Queries of one product of a `bf16.Stack`: fewer skip more of the square, more make larger products."""
 ROUND = 16
 """On a CPU the rows of a product (slots, targets, the tokens of an expert) are filled up to a multiple of this: oneDNN
 compiles a kernel for every new shape, about 0.3 ms each, and keeps a thousand."""
@@ -65,7 +65,7 @@ def _block(
     router: bool = False,
 ) -> Layer:
     """`size`: bytes of a number in a product; `weights`: parameters in products; `pairs`: (query, key) pairs whose
-    attention weight bf16.attention keeps; `real`: slots without padding; `router`: experts are chosen by one.
+    attention weight a bf16.Stack keeps; `real`: slots without padding; `router`: experts are chosen by one.
     """
     t_d, s_d, t_f = slots * width, places * width, slots * hidden
     if cpu and size == 2:  # bf16.attention: q, k, v and the weights in bf16

@@ -41,7 +41,7 @@ MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """glibc keeps what a step frees for the next step, in pages of 2 MiB where the kernel has them (a step with 29M
-parameters of experts: 6 to 8 % faster). By default each large tensor is a fresh mapping whose pages are cleared anew,
+parameters of experts: 5 to 8 % faster). By default each large tensor is a fresh mapping whose pages are cleared anew,
 step after step. Other C libraries ignore these; a user's own setting wins."""
 POLL = 0.2  # seconds between looks at checkpoints and the display
 MAX_WORKER_DEATHS = 3  # in a row before the first event: then the machine, not a run, is the trouble
