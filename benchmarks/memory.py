@@ -20,6 +20,7 @@ import torch
 
 from isofusion.config import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from isofusion.data.stream import Stream
+from isofusion.model import native
 from isofusion.model.count import batch_shape, count_parameters
 from isofusion.model.decoder import Decoder
 from isofusion.model.init import init_weights
@@ -69,7 +70,8 @@ def measure(
 
     step()
     optimizer.zero_grad()
-    predicted = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch), device, blocks)["total"]
+    shape, kernels = batch_shape(batch), native.available()
+    predicted = memory_bytes(cfg, batch.n_slots, precision, shape, device, blocks, native=kernels)["total"]
     if device == "cpu":
         measured = float(resident_bytes(model, optimizer) + peak_bytes(step))
     else:

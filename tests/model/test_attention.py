@@ -14,13 +14,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from isofusion.data.batch import SLOT_VECTORS, PackedBatch
 from isofusion.errors import InputError
+from isofusion.model import native
 from isofusion.model.attention import _blocks_by_length, block_mask, may_attend
 from isofusion.model.decoder import Decoder
 from isofusion.model.experts import SlotPlan
 from isofusion.model.init import init_weights
 
+needs_native = pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
 
-def model_of(cfg: Any, attention: str = "sdpa", seed: int = 0) -> Decoder:
+
+def model_of(cfg: Any, attention: str = "auto", seed: int = 0) -> Decoder:
     model = Decoder(cfg, attention)
     init_weights(model, cfg, seed)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(5))
@@ -55,7 +58,7 @@ def moved(model: Decoder, batch: PackedBatch, other: PackedBatch) -> set[int]:
     return set(difference.any(-1).nonzero().flatten().tolist())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "dense"])
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "dense"])
 @pytest.mark.parametrize("kind", ["early", "late"])
 def test_a_change_in_document_a_leaves_document_b_equal_to_the_bit(
     kind: str, attention: str, batch: PackedBatch, make_config: Callable[..., Any]
@@ -116,19 +119,23 @@ def test_the_predicate_by_hand() -> None:
 
 @pytest.mark.parametrize("rows", [None, ["tttttttt", "tttttttt"], ["tttttttt", "ttttttt."], ["tttt|tttt", "tttt|iiii"]])
 @pytest.mark.parametrize("kind", ["early", "late", "moe"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("native", marks=needs_native)])
 def test_executions_agree_in_values_and_gradients(
+    attention: str,
     kind: str,
     rows: list[str] | None,
     batch: PackedBatch,
     build_batch: Callable[..., PackedBatch],
     make_config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Text of one length takes SDPA's causal form, everything else a mask."""
+    """Each with the rest of the block as it comes with it. Text of one length takes SDPA's causal form."""
     cfg = make_config(kind)
     batch = build_batch(rows) if rows else batch
     losses, gradients = [], []
-    for attention in ("dense", "sdpa"):
-        model = model_of(cfg, attention)
+    for execution in ("dense", attention):
+        monkeypatch.setattr(native, "available", lambda on=execution == "native": on)
+        model = model_of(cfg, execution)
         nll, _ = model.token_losses(batch.torch())
         nll.sum().backward()
         losses.append(nll.detach())
@@ -163,6 +170,9 @@ def rolled(batch: PackedBatch) -> PackedBatch:
         ("early", "flex"),
         ("moe", "flex"),
         pytest.param("routed", "flex", marks=pytest.mark.slow),
+        pytest.param("early", "native", marks=needs_native),
+        pytest.param("late", "native", marks=[needs_native, pytest.mark.slow]),
+        pytest.param("moe", "native", marks=[needs_native, pytest.mark.slow]),
         pytest.param("early", "sdpa", marks=pytest.mark.slow),
         pytest.param("late", "sdpa", marks=pytest.mark.slow),
         pytest.param("moe", "sdpa", marks=pytest.mark.slow),
@@ -173,7 +183,7 @@ def test_blocks_compile_whole_and_once(
 ) -> None:
     """No graph break, one compilation for all blocks of a kind, and the plain formulas give the same numbers.
 
-    `sdpa` with gradients; FlexAttention has no backward pass on a CPU, and stands for a GPU, whose shapes are fixed.
+    Those of CPUs with gradients; FlexAttention has no backward pass there and stands for a GPU, whose shapes are fixed.
     Experts in bf16: no compiler takes their product in float32.
     """
     counter = CompileCounterWithBackend("aot_eager")
@@ -181,6 +191,7 @@ def test_blocks_compile_whole_and_once(
     plan_of = SlotPlan.of
     if attention == "flex":
         monkeypatch.setattr(SlotPlan, "of", lambda b: replace(plan_of(b), n_real=None))
+    monkeypatch.setattr(native, "available", lambda: attention == "native")
     torch._dynamo.reset()
     results, experts = [], kind in ("moe", "routed")
     for compiled in (False, True):
@@ -188,11 +199,11 @@ def test_blocks_compile_whole_and_once(
         if compiled:
             for block in [*model.blocks, *(model.encoder.blocks if model.encoder else ())]:
                 block._compiled_call_impl = torch.compile(block._call_impl, fullgraph=True)
-        with torch.set_grad_enabled(attention == "sdpa"), torch.autocast("cpu", torch.bfloat16, enabled=experts):
+        with torch.set_grad_enabled(attention != "flex"), torch.autocast("cpu", torch.bfloat16, enabled=experts):
             if attention == "flex":  # another batch, another mask: nothing is compiled again
                 model.token_losses(rolled(batch).torch())
             nll, _ = model.token_losses(batch.torch())
-            if attention == "sdpa":
+            if attention != "flex":
                 nll.sum().backward()
         results.append([nll.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     torch._dynamo.reset()
@@ -243,3 +254,13 @@ def test_blocks_by_length_cover_every_document_once() -> None:
 def test_an_unknown_execution_is_refused(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match='attention "fast" is unknown'):
         logits_of(model_of(make_config(), "fast"), batch)
+
+
+def test_native_attention_is_refused_where_there_is_none(
+    batch: PackedBatch, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    with pytest.raises(InputError, match='attention "native" runs in float32 or bf16 on a CPU'):
+        logits_of(model_of(make_config(), "native"), batch)
+    with torch.autocast("cpu", torch.float16), pytest.raises(InputError, match="choose auto"):
+        logits_of(model_of(make_config(), "native"), batch)

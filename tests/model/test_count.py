@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from isofusion.data.batch import PackedBatch
+from isofusion.model import native
 from isofusion.model.count import (
     PAPER_MODELS,
     PAPER_SIZES,
@@ -74,8 +75,13 @@ def test_batch_shape_counts_what_the_mask_allows(batch: PackedBatch) -> None:
 @pytest.mark.parametrize("kind", ["early", "late", "moe", "routed"])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_ledger_equals_torchs_counter(
-    kind: str, training: bool, build_batch: Callable[..., PackedBatch], make_config: Callable[..., Any]
+    kind: str,
+    training: bool,
+    build_batch: Callable[..., PackedBatch],
+    make_config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)  # the counter sees PyTorch's operations alone
     # no padding (the ledger leaves it out); width 18 sends experts through plain products, which the counter sees
     batch = build_batch(["tiiiittttt|ttiiiitt", "tttttttttttttttttt"])
     cfg = make_config(kind, width=18, head_dim=2, ffn_multiple=1)

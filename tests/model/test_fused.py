@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from isofusion.model import native
 from isofusion.model.attention import rope_phase
-from isofusion.model.fused import _rotate, heads_of, regroup, rms_norm, rows_of, swiglu
+from isofusion.model.fused import _rotate, heads_of, regroup, rms_norm, swiglu
 
 
 def same(one: Callable[..., Tensor], other: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -28,6 +29,16 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+needs_native = pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
+
+
+@pytest.fixture(params=["torch", pytest.param("native", marks=needs_native)])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(native, "available", lambda: request.param == "native")
+    return request.param
+
+
+@pytest.mark.usefixtures("kernels")
 def test_rms_norm() -> None:
     def plain(x: Tensor, gain: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + 1e-2).rsqrt() * gain
@@ -36,6 +47,7 @@ def test_rms_norm() -> None:
     torch.testing.assert_close(rms_norm(noise(3, 8), torch.ones(8), 1e-6), F.rms_norm(noise(3, 8), (8,), eps=1e-6))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_swiglu() -> None:
     same(swiglu, lambda x: F.silu(x[:, :5]) * x[:, 5:], noise(7, 10))
 
@@ -65,21 +77,6 @@ def test_heads_of(regrouped: bool) -> None:
         return torch.stack(heads_of(qkv, gain_q, gain_k, phase, order, inverse, 1e-3, torch.float32))
 
     same(fused, plain, noise(slots, 3 * heads * head), noise(head, seed=1), noise(head, seed=2))
-
-
-def test_rows_of_single_heads_are_those_of_heads_of() -> None:
-    slots, heads, head = 5, 3, 4
-    phase = rope_phase(torch.arange(slots), head, heads, 100.0)
-    take = torch.randperm(slots * heads, generator=torch.Generator().manual_seed(3))
-
-    def by_head(qkv: Tensor, gain_q: Tensor, gain_k: Tensor) -> Tensor:
-        parts = heads_of(qkv, gain_q, gain_k, phase, None, None, 1e-3, torch.float32)
-        return torch.stack([part.flatten(0, 1)[take] for part in parts])
-
-    def rows(qkv: Tensor, gain_q: Tensor, gain_k: Tensor) -> Tensor:
-        return torch.stack(rows_of(qkv, gain_q, gain_k, phase, take, take.argsort(), 1e-3))
-
-    same(rows, by_head, noise(slots, 3 * heads * head), noise(head, seed=1), noise(head, seed=2))
 
 
 def test_rotation_is_the_same_with_and_without_complex_numbers() -> None:

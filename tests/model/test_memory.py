@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 from isofusion.config import DataConfig, ModelConfig, TrainConfig  # noqa: E402
 from isofusion.data.batch import PackedBatch  # noqa: E402
 from isofusion.data.stream import Stream  # noqa: E402
+from isofusion.model import native  # noqa: E402
 from isofusion.model.count import batch_shape, count_parameters  # noqa: E402
 from isofusion.model.decoder import Decoder  # noqa: E402
 from isofusion.model.init import init_weights  # noqa: E402
@@ -20,6 +21,7 @@ from isofusion.train.memory import peak_bytes, resident_bytes  # noqa: E402
 from isofusion.train.optimizer import build_optimizer  # noqa: E402
 from isofusion.train.step import choose_precision, train_step  # noqa: E402
 
+needs_native = pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
 DOMAINS = (("caption", 45), ("interleaved", 45), ("text", 10))
 DATA = DataConfig(
     sources=[{"name": d, "domain": d, "format": "world", "weight": w} for d, w in DOMAINS],
@@ -80,30 +82,34 @@ def measure(cfg: ModelConfig, batch: PackedBatch, precision: str) -> tuple[int, 
         ),
     ],
 )
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_native)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_peak_of_a_step_is_within_ten_percent(
-    rows: int, changes: dict[str, Any], precision: str, cache: Any
+    rows: int, changes: dict[str, Any], kernels: bool, precision: str, cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(native, "available", lambda: kernels)
     cfg = config(**changes)
     batch = Stream(DATA, 0, "train", rows).batch(0)
     resident, measured = measure(cfg, batch, precision)
-    parts = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch))
+    parts = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch), native=kernels)
     assert parts["weights"] + parts["adam"] == pytest.approx(resident * 12 / 16, rel=1e-3)
     assert parts["total"] == pytest.approx(measured, rel=0.1)
     # what knows nothing of the batch is still a plan: of its tokens near, of full rows not lower than the bound allows
     real = int((batch.doc_id >= 0).sum())
-    assert memory_bytes(cfg, real, precision)["total"] == pytest.approx(measured, rel=0.25)
-    assert memory_bytes(cfg, batch.n_slots, precision)["total"] > 0.9 * measured
+    assert memory_bytes(cfg, real, precision, native=kernels)["total"] == pytest.approx(measured, rel=0.25)
+    assert memory_bytes(cfg, batch.n_slots, precision, native=kernels)["total"] > 0.9 * measured
 
 
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_native)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_long_documents_hold_the_attention_weights_of_what_they_see(
-    precision: str, build_batch: Callable[..., PackedBatch]
+def test_the_peak_with_long_documents(
+    precision: str, kernels: bool, build_batch: Callable[..., PackedBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(native, "available", lambda: kernels)
     cfg = config(patch_size=2, head_dim=8)
     batch = build_batch(["t" * 500 + "|" + "t" * 524] * 2)
     _, measured = measure(cfg, batch, precision)
-    predicted = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch))["total"]
+    predicted = memory_bytes(cfg, batch.n_slots, precision, batch_shape(batch), native=kernels)["total"]
     assert predicted == pytest.approx(measured, rel=0.1)
 
 

@@ -11,10 +11,13 @@ torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
 from isofusion.config import ModelConfig, RunConfig  # noqa: E402
 from isofusion.errors import InputError  # noqa: E402
+from isofusion.model import native  # noqa: E402
 from isofusion.model.memory import memory_bytes  # noqa: E402
+from isofusion.train import process  # noqa: E402
 from isofusion.train.loop import build_decoder, train_run  # noqa: E402
 from isofusion.train.machine import Machine, fit_memory  # noqa: E402
 from isofusion.train.metrics import read_metrics  # noqa: E402
+from isofusion.train.process import environment, onednn_is_exact, reproducible  # noqa: E402
 from isofusion.train.speed import datasheet_peak, measured_peak  # noqa: E402
 
 SOURCES = [{"name": d, "domain": d, "format": "world", "weight": w} for d, w in (("caption", 2), ("text", 1))]
@@ -50,6 +53,35 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
             patch.setenv(f"ISOFUSION_{name}", value)
             with pytest.raises(InputError, match=message):
                 Machine.here()
+
+
+@pytest.mark.skipif(not onednn_is_exact(), reason="not an AMD processor with AVX-512: PyTorch's own products are used")
+def test_float32_products_of_a_run_are_onednns_and_float32_still() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(300, 200), torch.randn(200, 100)
+    exact, before = x.double() @ w.double(), torch.backends.mkldnn.matmul.fp32_precision
+    with reproducible(1):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        error = ((x @ w).double() - exact).abs().max()
+    assert error < 2e-6 * exact.abs().max()  # products of bf16 are off by 2e-3
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_where_onednn_would_round_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_vendor", lambda: "GenuineIntel")
+    assert not onednn_is_exact.__wrapped__()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    monkeypatch.setattr(process, "onednn_is_exact", lambda: False)
+    with reproducible(1):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_what_a_run_was_made_with_names_its_kernels_on_a_cpu_alone() -> None:
+    here = environment(2)
+    assert here["threads"] == 2
+    assert here["kernels"] == native.describe()
+    assert here["float32_products"] in ("onednn", "torch")
+    assert not {"kernels", "float32_products"} & environment(2, "cuda").keys()
 
 
 def test_a_missing_gpu_is_an_error_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

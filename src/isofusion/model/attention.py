@@ -1,12 +1,13 @@
-"""Attention over packed documents: one predicate, three executions of it, chosen once per batch.
+"""Attention over packed documents: one predicate, four executions of it, chosen once per batch.
 
 A slot sees the earlier slots of its own document and, inside an image, every patch of that image (arXiv 2504.07951,
 section 2.3: causal for text, bidirectional for image tokens). Padding sees itself only, so nothing is ever NaN.
 
 - `dense`: explicit float32 softmax over rows; the reference the others are tested against.
-- `sdpa`: documents of similar length are stacked into [documents, length] blocks, each one call of PyTorch's SDPA, or
-  on CPUs in bf16 a `bf16.Stack`. Attention then costs what the documents cost, not what the rows cost
-  (2-4x less on a CPU at the miniature's sizes).
+- `native`: document by document in C++ (`native.py`), on CPUs: what the predicate lets a slot see is a stretch of its
+  document from the first slot on, so nothing is masked, padded or moved. Float32 inside.
+- `sdpa`: documents of similar length are stacked into [documents, length] blocks, each one call of PyTorch's SDPA. On
+  CPUs without a C++ compiler. Attention costs what the documents cost, not what the rows cost.
 - `flex`: FlexAttention with a block mask over rows; GPU only (it has no CPU backward).
 
 T slots, R rows, S slots per row, H heads, K head_dim, N documents of a block, L its padded length
@@ -26,10 +27,10 @@ from torch.nn import functional as F
 
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
-from isofusion.model import bf16
-from isofusion.model.fused import compute_dtype, exactly, heads_of, regroup, rows_of
+from isofusion.model import native
+from isofusion.model.fused import compute_dtype, document_attention, exactly, heads_of, regroup
 
-EXECUTIONS = ("dense", "sdpa", "flex")
+EXECUTIONS = ("dense", "native", "sdpa", "flex")
 FLEX_HEAD = 16
 """Fewest features of a head that FlexAttention's kernels take."""
 
@@ -46,12 +47,13 @@ def may_attend(query: dict[str, Any], key: dict[str, Any]) -> Any:
 
 def rope_phase(position: Tensor, head_dim: int, heads: int, theta: float) -> Tensor:
     """exp(i * position * theta^(-2j/K)) (arXiv 2104.09864): on a CPU complex64 [T, 2H, K/2], spelled out for q and k
-    heads; elsewhere float32 [T, 1, K/2, 2] of cosine and sine (no compiler takes complex products into its loops).
+    heads (`heads` 0: [T, 1, K/2]); elsewhere float32 [T, 1, K/2, 2] of cosine and sine (no compiler takes complex
+    products into its loops).
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position.float()[:, None] * theta**-exponent
     if position.device.type == "cpu":  # a full table lets the rotation run as one flat loop
-        return torch.complex(angle.cos(), angle.sin())[:, None, :].expand(-1, 2 * heads, -1).contiguous()
+        return torch.complex(angle.cos(), angle.sin())[:, None, :].expand(-1, max(1, 2 * heads), -1).contiguous()
     return torch.stack((angle.cos(), angle.sin()), -1)[:, None]
 
 
@@ -59,26 +61,19 @@ class AttentionPlan:
     """What every layer shares for one batch: RoPE phases, the mask, and where q, k, v of each slot are placed.
 
     `gather` i64[T'] says which slot fills each place; `inverse` i64[T] says where each slot went; None = in order.
-    `placed` is there in place of both on CPUs in bf16.
     """
 
     gather: Tensor | None = None
     inverse: Tensor | None = None
-    placed: bf16.Rows | None = None
 
     def __init__(self, phase: Tensor, dtype: torch.dtype) -> None:
         self.phase = phase
         self.dtype = dtype
-        self.blockwise = phase.device.type == "cpu" and compute_dtype(phase.device) == torch.bfloat16
 
     def mix(self, qkv: Tensor, gain_q: Tensor, gain_k: Tensor, eps: float) -> Tensor:
         """A fused projection [T, 3D] -> QK-norm, RoPE and attention -> [T, D], both in slot order."""
-        if self.placed is None:
-            q, k, v = heads_of(qkv, gain_q, gain_k, self.phase, self.gather, self.inverse, eps, self.dtype)
-            return self.attend(q, k, v)
-        take, give = self.placed.take_R, self.placed.give_TH
-        q, k, v = rows_of(qkv, gain_q * gain_q.shape[0] ** -0.5, gain_k, self.phase, take, give, eps)
-        return regroup(bf16.attention(q, k, v, self.placed), give, take).view(qkv.shape[0], qkv.shape[1] // 3)
+        q, k, v = heads_of(qkv, gain_q, gain_k, self.phase, self.gather, self.inverse, eps, self.dtype)
+        return self.attend(q, k, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [T', H, K] in the order of `gather` -> [T, H*K] in slot order."""
@@ -108,16 +103,34 @@ class Stack:
             return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal))
 
 
+class NativePlan(AttentionPlan):
+    """Documents [edges[n], edges[n + 1]) of slots that see their document up to `last`, themselves included."""
+
+    def __init__(self, phase: Tensor, edges: np.ndarray, last: np.ndarray) -> None:
+        super().__init__(phase, torch.float32)
+        self.edges, self.last = torch.from_numpy(edges.astype(np.int64)), torch.from_numpy(last.astype(np.int32))
+
+    @classmethod
+    def of(cls, phase: Tensor, batch: PackedBatch) -> NativePlan:
+        """A padding slot is a document of its own."""
+        doc, image = batch.doc_id.numpy(), batch.image_id.numpy()
+        edge = _changes(doc, batch.row_len) | (doc < 0)
+        starts = np.flatnonzero(edge | _changes(image, batch.row_len))
+        run = np.append(starts, doc.shape[0])  # stretches of one image, or of text
+        ends = np.repeat(run[1:] - 1, np.diff(run))
+        last = np.where(image >= 0, ends, np.arange(doc.shape[0]))
+        return cls(phase, np.append(np.flatnonzero(edge), doc.shape[0]), last)
+
+    def mix(self, qkv: Tensor, gain_q: Tensor, gain_k: Tensor, eps: float) -> Tensor:
+        return document_attention(qkv, gain_q, gain_k, self.phase, self.edges, self.last, eps)
+
+
 class ImagePlan(AttentionPlan):
     """Bidirectional inside each image, for the late-fusion encoder: images of `patches` patches."""
 
-    def __init__(self, phase: Tensor, dtype: torch.dtype, patches: int, heads: int) -> None:
+    def __init__(self, phase: Tensor, dtype: torch.dtype, patches: int) -> None:
         super().__init__(phase, dtype)
         self.patches = patches
-        if self.blockwise and phase.shape[0]:
-            slot_IP = np.arange(phase.shape[0]).reshape(-1, patches)
-            stack = bf16.Stack(len(slot_IP), patches, bf16.seen(None, patches))
-            self.placed = bf16.Rows.of([stack], [slot_IP], np.zeros(0, np.int64), heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[0] == 0:  # no image in this batch: keep the graph whole without an attention call
@@ -150,25 +163,18 @@ class DocumentPlan(AttentionPlan):
         super().__init__(phase, dtype)
         image = batch.image_id.cpu().numpy()
         starts, lengths, padding = _documents(batch.doc_id.cpu().numpy(), batch.row_len)
-        one_length = lengths.size > 0 and lengths.min() == lengths.max()
         slots: list[np.ndarray] = []
         self.blocks: list[Stack] = []
-        stacks: list[bf16.Stack] = []
         for members, longest in _blocks_by_length(lengths, heads):
-            # a multiple of 8: fewer different products for oneDNN to compile
-            width = -(-longest // 8) * 8 if self.blockwise and not one_length else longest
-            offset_L = np.arange(width, dtype=np.int32)
+            offset_L = np.arange(longest, dtype=np.int32)
             real_NL = offset_L < lengths[members][:, None]
             slot_NL = starts[members][:, None] + np.where(real_NL, offset_L, 0)
             slots.append(slot_NL)
-            plain = bool(real_NL.all()) and not (image[slot_NL] >= 0).any()
-            if plain and not self.blockwise:
+            if real_NL.all() and not (image[slot_NL] >= 0).any():
                 # plain text of one length: SDPA's own causal form skips half of the scores. Not with filler places,
                 # which would then see documents and hand them a gradient (see `regroup`).
                 self.blocks.append(Stack(len(members), causal=True))
                 continue
-            if plain:  # all documents see alike
-                real_NL, slot_NL = real_NL[:1], slot_NL[:1]
             side = {  # a filler place belongs to no document, so no real place sees it
                 "doc": np.where(real_NL, 0, -1).astype(np.int8),
                 "image": np.where(real_NL, image[slot_NL], -1),
@@ -180,19 +186,15 @@ class DocumentPlan(AttentionPlan):
             )
             # SDPA turns a bool mask into a float one at every call: do it once per batch
             mask = torch.from_numpy(np.where(allowed, np.float32(0), np.float32("-inf")))
-            if self.blockwise:
-                stacks.append(bf16.Stack(len(members), width, bf16.seen(allowed, width), mask))
-            else:
-                self.blocks.append(Stack(len(members), mask.to(phase.device, dtype)))
-        if self.blockwise:
-            self.placed = bf16.Rows.of(stacks, slots, padding, heads)
-            return
+            self.blocks.append(Stack(len(members), mask.to(phase.device, dtype)))
         self.sizes = [slot_NL.size for slot_NL in slots]
         if len(slots) == 1 and not padding.size and self.sizes[0] == batch.n_slots:
             return  # documents of one length that fill the rows lie in order already
         self.sizes.append(int(padding.size))
         gather = np.concatenate([*(slot_NL.ravel() for slot_NL in slots), padding])
-        self.gather, self.inverse = (torch.from_numpy(x).to(phase.device) for x in (gather, bf16.first_places(gather)))
+        inverse = np.empty(batch.n_slots, np.int64)
+        inverse[gather[::-1]] = np.arange(gather.size)[::-1]  # of places with one slot the first is written last
+        self.gather, self.inverse = (torch.from_numpy(x).to(phase.device) for x in (gather, inverse))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.gather is None:
@@ -269,12 +271,17 @@ def _vectors(batch: PackedBatch) -> dict[str, Tensor]:
     return {"doc": batch.doc_id, "image": batch.image_id, "slot": slot}
 
 
+def _changes(ids: np.ndarray, row_len: int) -> np.ndarray:
+    """bool [T]: the slot differs from the one before it, or begins a row."""
+    edge = np.ones(ids.shape[0], dtype=bool)
+    edge[1:] = ids[1:] != ids[:-1]
+    edge[::row_len] = True
+    return edge
+
+
 def _documents(doc: np.ndarray, row_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Start and length of each run of one document inside a row, and the padding slots."""
-    edge = np.ones(doc.shape[0], dtype=bool)
-    edge[1:] = doc[1:] != doc[:-1]
-    edge[::row_len] = True
-    starts = np.flatnonzero(edge)
+    starts = np.flatnonzero(_changes(doc, row_len))
     lengths = np.diff(np.append(starts, doc.shape[0]))
     real = doc[starts] >= 0
     return starts[real], lengths[real], np.flatnonzero(doc < 0)
@@ -310,29 +317,45 @@ def _blocks_by_length(lengths: np.ndarray, heads: int) -> list[tuple[np.ndarray,
 
 
 def choose_execution(asked: str, device: torch.device, head_dim: int) -> str:
-    """One of EXECUTIONS; "auto": flex on CUDA where heads are wide enough for it, else sdpa."""
+    """One of EXECUTIONS; "auto": on CUDA flex where heads are wide enough, on a CPU native where it can be had.
+
+    Raises InputError: an unknown one, or native where there is none.
+    """
+    here = device.type == "cpu" and compute_dtype(device) in native.SUFFIX and native.available()
     if asked == "auto":
-        return "sdpa" if device.type != "cuda" else "flex" if head_dim >= FLEX_HEAD else "dense"
+        if device.type == "cuda":
+            return "flex" if head_dim >= FLEX_HEAD else "dense"
+        return "native" if here else "sdpa"
     if asked not in EXECUTIONS:
         raise InputError(f'attention "{asked}" is unknown; choose one of {", ".join(EXECUTIONS)} or auto')
+    if asked == "native" and not here:
+        raise InputError(f'attention "native" runs in float32 or bf16 on a CPU ({native.describe()}); choose auto')
     return asked
 
 
 def make_plan(execution: str, batch: PackedBatch, head_dim: int, heads: int, theta: float) -> AttentionPlan:
     """The plan of a torch batch; `execution` is one of EXECUTIONS."""
-    phase = rope_phase(batch.position, head_dim, heads, theta)
+    phase = rope_phase(batch.position, head_dim, 0 if execution == "native" else heads, theta)
     dtype = _attention_dtype(batch.doc_id.device)
+    if execution == "native":
+        return NativePlan.of(phase, batch)
     if execution == "sdpa":
         return DocumentPlan(phase, dtype, batch, heads)
     return {"dense": DensePlan, "flex": FlexPlan}[execution](phase, dtype, batch)
 
 
-def image_plan(images: int, patches: int, head_dim: int, heads: int, theta: float, device: torch.device) -> ImagePlan:
+def image_plan(
+    images: int, patches: int, head_dim: int, heads: int, theta: float, device: torch.device
+) -> AttentionPlan:
     """The encoder's plan: RoPE runs over the patch index inside each image."""
+    if choose_execution("auto", device, head_dim) == "native":
+        phase = rope_phase(torch.arange(patches), head_dim, 0, theta).repeat(images, 1, 1)
+        edges = np.arange(images + 1) * patches
+        return NativePlan(phase, edges, np.repeat(edges[1:] - 1, patches))
     phase = rope_phase(torch.arange(patches, device=device), head_dim, heads, theta)
-    return ImagePlan(phase.repeat(images, *[1] * (phase.dim() - 1)), _attention_dtype(device), patches, heads)
+    return ImagePlan(phase.repeat(images, *[1] * (phase.dim() - 1)), _attention_dtype(device), patches)
 
 
 def _attention_dtype(device: torch.device) -> torch.dtype:
-    """Of q, k, v. On CPUs float32: SDPA is 1.5-4x slower in bf16 there, and `bf16.attention` rounds what it may."""
+    """Of q, k, v. On CPUs float32: SDPA is 1.5-4x slower in bf16 there."""
     return torch.float32 if device.type == "cpu" else compute_dtype(device)

@@ -20,10 +20,10 @@ from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
 from isofusion.model.attention import choose_execution, make_plan
-from isofusion.model.bf16 import head_loss
 from isofusion.model.block import Block, run_block
 from isofusion.model.experts import SlotPlan
 from isofusion.model.fused import compute_dtype, exactly
+from isofusion.model.head_loss import head_loss
 from isofusion.model.layers import Embedding, Linear, RMSNorm
 from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU, ROUND
 from isofusion.model.vision import VisionEncoder, normalise_patches
@@ -44,7 +44,8 @@ class ModelOutput:
 
 
 class Decoder(nn.Module):
-    """Reads a torch PackedBatch. `attention` is "auto", "dense", "sdpa" or "flex" (see attention.py).
+    """Reads a torch PackedBatch. `attention` is "auto", "dense", "native", "sdpa" or "flex" (see
+    attention.py).
 
     Parameters are NaN until `init_weights` or a checkpoint sets them.
     """
@@ -85,23 +86,30 @@ class Decoder(nn.Module):
     def forward(self, batch: PackedBatch) -> ModelOutput:
         cfg, place_T = self.cfg, None
         execution = choose_execution(self.execution, batch.doc_id.device, cfg.head_dim)
-        if execution == "sdpa" and batch.doc_id.device.type == "cpu":  # on a GPU shapes that never change matter more
+        on_cpu = batch.doc_id.device.type == "cpu"  # on a GPU shapes that never change matter more
+        if on_cpu and execution in ("native", "sdpa"):
             batch, place_T = batch.without_padding(ROUND)
         plan = make_plan(execution, batch, cfg.head_dim, cfg.n_heads, cfg.rope_theta)
         slots = SlotPlan.of(batch) if cfg.n_experts else None
         x_TD = self.embed(batch.token_ids).index_copy(0, batch.patch_slot, self.see(batch))
-        losses, counts, sums = [], [], []
+        counts, sums = [], []
         again = self.recompute - (self.cfg.encoder_layers if self.encoder is not None else 0)
         for i, block in enumerate(self.blocks):
             x_TD, routed = run_block(block, i < again, x_TD, plan, slots)
             if routed is not None:
-                losses.append(routed.balance_loss)
                 counts.append(routed.counts_ME)
                 sums.append(routed.probability_GE)
         hidden_TD = self.final_norm(x_TD)
-        if not losses:
+        if not counts:
             return ModelOutput(hidden_TD, x_TD.new_zeros(()), None, None, place_T)
-        return ModelOutput(hidden_TD, torch.stack(losses).mean(), torch.stack(counts), torch.stack(sums), place_T)
+        routing, probability = torch.stack(counts), torch.stack(sums)
+        return ModelOutput(hidden_TD, self._balance(probability, routing), routing, probability, place_T)
+
+    def _balance(self, probability_LGE: Tensor, routing_LME: Tensor) -> Tensor:
+        """Mean over layers, all of which balance the same groups."""
+        experts: Any = self.blocks[0].experts
+        balance: Tensor = experts.balance(probability_LGE, routing_LME)
+        return balance.mean()
 
     def compile_blocks(self) -> None:
         """Compile every block in place, whole: blocks of one kind share one compilation, and names do not change."""
@@ -115,9 +123,7 @@ class Decoder(nn.Module):
         `output` belongs to one micro-batch (or rank) of that step: the values of all of them add up to the step's.
         """
         assert output.probability is not None
-        layers: list[Any] = [block.experts for block in self.blocks]
-        parts = zip(layers, output.probability.unbind(), routing.unbind(), strict=True)
-        return torch.stack([experts.balance(p, c) for experts, p, c in parts]).mean()
+        return self._balance(output.probability, routing)
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, D] -> float32 [n, V]. On a CPU the product is float32, whatever autocast says (training: see `_nll`)."""

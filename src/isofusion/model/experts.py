@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
-from isofusion.model.fused import compute_dtype, exactly, regroup, swiglu
+from isofusion.model import native
+from isofusion.model.fused import compute_dtype, exactly, multiplies, regroup, swiglu
 from isofusion.model.layers import unset
 from isofusion.model.memory import ROUND
 
@@ -45,10 +46,9 @@ class SlotPlan:
 
 @dataclass(frozen=True)
 class ExpertsOutput:
-    """One layer's result: weighted expert outputs, its balance loss (scalar) and how many tokens each expert got."""
+    """One layer's result: weighted expert outputs, and how many tokens each expert got with what probability."""
 
     out_TD: Tensor
-    balance_loss: Tensor
     counts_ME: Tensor  # i64: (token, choice) pairs by modality
     probability_GE: Tensor  # sum over the tokens of each balanced group of the full softmax
 
@@ -83,18 +83,23 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_GD: Tensor, weight_EDF: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        if x_GD.dtype == torch.bfloat16 and multiplies(x_GD, weight_EDF):
+            ctx.save_for_backward(x_GD, weight_EDF)
+            return native.grouped(x_GD, weight_EDF, _edges(sizes))
         weight = weight_EDF.to(x_GD.dtype)
         out_GF = x_GD.new_empty(x_GD.shape[0], weight.shape[2])
         for rows, w, out in zip(x_GD.split(sizes), weight.unbind(), out_GF.split(sizes), strict=True):
             torch.mm(rows, w, out=out)
         ctx.save_for_backward(x_GD, weight)
-        ctx.sizes = sizes
         return out_GF
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_GF: Tensor) -> tuple[Tensor | None, ...]:
         x_GD, weight = ctx.saved_tensors
+        if x_GD.dtype == torch.bfloat16 and multiplies(x_GD, weight):
+            return *native.grouped_backward(grad_GF, x_GD, weight, _edges(ctx.sizes)), None
         grad_x = torch.empty_like(x_GD)
         grad_weight = torch.empty(weight.shape)
         low = None if weight.dtype == torch.float32 else torch.empty(weight.shape[1:], dtype=weight.dtype)
@@ -106,6 +111,58 @@ class _Grouped(torch.autograd.Function):
             else:
                 to_weight.copy_(torch.mm(x.T, grad, out=low))
         return grad_x, grad_weight, None
+
+
+def _by_onednn(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products go through oneDNN, which compiles a kernel for every new shape (see `ROUND`)."""
+    return dtype == torch.bfloat16 or torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+
+
+def _edges(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0)
+
+
+class _Route(torch.autograd.Function):
+    """Softmax of the router's logits; by native.py alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, router_ED: Tensor) -> Tensor:
+        share_TE = native.route(x_TD, router_ED)
+        ctx.save_for_backward(x_TD, router_ED, share_TE)
+        return share_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+        return native.route_backward(grad_TE, *ctx.saved_tensors)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows of x for the experts; by native.py alone. `place_TK`: where each choice of a slot went, -1: nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, row_G: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TD.index_select(0, row_G)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor | None, ...]:
+        return native.collect(grad_GD, ctx.saved_tensors[0]), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """And back: the rows of a slot's choices, each times its gate, added up; float32 [T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_GD: Tensor, gate_TK: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_GD, gate_TK, place_TK)
+        return native.combine(rows_GD, gate_TK, place_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return *native.combine_backward(grad_TD, *ctx.saved_tensors), None
 
 
 class Experts(nn.Module):
@@ -130,6 +187,9 @@ class Experts(nn.Module):
 
     def route(self, x_TD: Tensor, slots: SlotPlan) -> Tensor:
         """Probability of every expert for every slot, float32 [T, E]; forbidden experts have 0."""
+        router = None if self.restricted or torch.compiler.is_compiling() else self.router
+        if router is not None and router.dtype == torch.float32 and native.serves(x_TD, router):
+            return _Route.apply(x_TD, router)
         with exactly(x_TD.device):
             if self.router is None:
                 logits_TE = x_TD.new_zeros(x_TD.shape[0], self.n_experts, dtype=torch.float32)
@@ -150,8 +210,7 @@ class Experts(nn.Module):
         fixed = slots.n_real is None or torch.compiler.is_compiling()  # what is compiled has fixed shapes
         serve = self._serve_all if fixed else self._serve_real
         out_TD = serve(x_TD, gate_TK, expert_TK, counts_ME.sum(0), slots)
-        probability_GE = self._group_sums(prob_TE, slots)
-        return ExpertsOutput(out_TD, self.balance(probability_GE, counts_ME), counts_ME, probability_GE)
+        return ExpertsOutput(out_TD, counts_ME, self._group_sums(prob_TE, slots))
 
     def _serve_real(
         self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, counts_E: Tensor, slots: SlotPlan
@@ -160,22 +219,29 @@ class Experts(nn.Module):
         assert slots.n_real is not None
         key_G = expert_TK.masked_fill(~slots.real_T[:, None], self.n_experts).flatten()
         order_G = key_G.argsort(stable=True)[: slots.n_real * self.top_k]
-        gate_G = gate_TK.flatten().index_select(0, order_G)
-        dtype = compute_dtype(x_TD.device)
-        if dtype == torch.bfloat16:  # filler after the rows of an expert is choice 0 once more, with a weight of 0
+        dtype, place_G = compute_dtype(x_TD.device), torch.arange(order_G.shape[0])
+        real_G = order_G
+        if _by_onednn(dtype) and not (dtype == torch.bfloat16 and multiplies(x_TD, self.gate_up)):
+            # filler after the rows of an expert is choice 0 once more, with a weight of 0
             size_E = ((counts_E + ROUND - 1) // ROUND * ROUND).where(counts_E > ROUND, counts_E)
             shift_E = (size_E - counts_E).cumsum(0) - (size_E - counts_E)
-            place_G = torch.arange(order_G.shape[0]) + shift_E.repeat_interleave(counts_E)
-            total, counts_E = int(size_E.sum()), size_E
-            order_G = order_G.new_zeros(total).index_copy(0, place_G, order_G)
-            gate_G = gate_G.new_zeros(total).index_copy(0, place_G, gate_G)
+            place_G = place_G + shift_E.repeat_interleave(counts_E)
+            order_G = order_G.new_zeros(int(size_E.sum())).index_copy(0, place_G, order_G)
+            counts_E = size_E
         row_G = order_G if self.top_k == 1 else order_G // self.top_k
         sizes = counts_E.tolist()
-        rows_GD = x_TD.index_select(0, row_G).to(dtype)
-        hidden_GF = swiglu(_Grouped.apply(rows_GD, self.gate_up, sizes))
-        served_GD = _Grouped.apply(hidden_GF, self.down, sizes)
+        x_TD = x_TD.to(dtype)
+        if native.serves(x_TD):
+            place_TK = real_G.new_full((gate_TK.numel(),), -1).index_copy(0, real_G, place_G).view(gate_TK.shape)
+            return _Combine.apply(self._feed(_Dispatch.apply(x_TD, row_G, place_TK), sizes), gate_TK, place_TK)
+        served_GD = self._feed(x_TD.index_select(0, row_G), sizes)
+        gate_G = gate_TK.new_zeros(order_G.shape[0]).index_copy(0, place_G, gate_TK.flatten().index_select(0, real_G))
         weighted_GD = served_GD * gate_G[:, None]
         return torch.zeros(x_TD.shape, dtype=weighted_GD.dtype, device=x_TD.device).index_add(0, row_G, weighted_GD)
+
+    def _feed(self, rows_GD: Tensor, sizes: list[int]) -> Tensor:
+        """Rows sorted by expert through their experts."""
+        return _Grouped.apply(swiglu(_Grouped.apply(rows_GD, self.gate_up, sizes)), self.down, sizes)
 
     def _serve_all(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, counts_E: Tensor, slots: SlotPlan) -> Tensor:
         """The same with fixed shapes, no atomics and no question to the device: G = T * K, permuted there and back.
@@ -215,12 +281,12 @@ class Experts(nn.Module):
 
         f_e: share of the group's (token, choice) pairs that went to e; P_e: its mean probability over the group's
         tokens (the full softmax, not the chosen ones). 0 where there is nothing to balance. With `counts_ME` of a whole
-        step and probabilities of one of its micro-batches this is that micro-batch's part of the step's loss.
+        step and probabilities of one of its micro-batches this is that micro-batch's part of the step's loss. Both may
+        have an axis of layers in front, and so has the result.
         """
-        loss = torch.zeros((), device=probability_GE.device)
-        for (members, size), sum_E in zip(self.groups, probability_GE.unbind(), strict=True):
-            pairs = counts_ME[list(members)].sum(0)
-            n = pairs.sum().clamp(min=1)
-            mean_E = sum_E * (self.top_k / n)
-            loss = loss + size * (pairs / n * mean_E).sum() / len(self.groups)
+        loss = probability_GE.new_zeros(probability_GE.shape[:-2])
+        for (members, size), sum_E in zip(self.groups, probability_GE.unbind(-2), strict=True):
+            pairs = counts_ME[..., list(members), :].sum(-2)
+            n = pairs.sum(-1, keepdim=True).clamp(min=1)
+            loss = loss + size * (pairs / n * (sum_E * (self.top_k / n))).sum(-1) / len(self.groups)
         return loss

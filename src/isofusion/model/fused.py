@@ -1,23 +1,25 @@
-"""Hand-written forward and backward of the element-wise parts of a block: RMSNorm, QK-norm + RoPE, SwiGLU, permutation.
+"""Hand-written forward and backward of what a block is made of beside products: RMSNorm, attention, SwiGLU.
 
 At the widths of the miniature studies (16-128 features) a block's matrix products take less time than its element-wise
-operations, so their number is what sets tokens/s on a CPU. Each function below replaces 5-15 recorded operations by
-the passes it really needs. Inside torch.compile they are the plain formulas: there the compiler fuses, and decides what
-to keep for the backward pass. Maths: RMSNorm (arXiv 1910.07467), SwiGLU (arXiv 2002.05202), RoPE (arXiv 2104.09864,
-adjacent features form a pair, so that a rotation is one complex product).
+operations, so their number is what sets tokens/s on a CPU. There `native.py` runs each in one pass; where it cannot be
+had, the functions below take the passes that PyTorch's operations need, and inside torch.compile they are the plain
+formulas: there the compiler fuses, and decides what to keep for the backward pass. Maths: RMSNorm (arXiv 1910.07467),
+SwiGLU (arXiv 2002.05202), RoPE (arXiv 2104.09864, adjacent features form a pair, so that a rotation is one complex
+product).
 
 T slots, D width, H heads, K head_dim, F feed-forward hidden
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from isofusion.model import native
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -33,30 +35,68 @@ def exactly(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight)
+        return native.linear(x_TD, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x_TD, weight = ctx.saved_tensors
+        of_x = ctx.needs_input_grad[0]
+        to_x, to_weight = native.linear_backward(grad, x_TD, weight, of_x)
+        return to_x if of_x else None, to_weight
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether native.py multiplies rows in bf16 with this float32 weight: its last two sizes must be even."""
+    even = weight.shape[-1] % 2 == weight.shape[-2] % 2 == 0
+    return even and weight.dtype == torch.float32 and native.serves(x, weight) and native.multiplies()
+
+
+def linear(x_TD: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` [T, D] -> [T, out] in the precision of products; weight [out, D]."""
+    fits = x_TD.dim() == 2 and x_TD.shape[1] == weight.shape[1]
+    if fits and compute_dtype(x_TD.device) == torch.bfloat16 and multiplies(x_TD, weight):
+        return _Linear.apply(x_TD.to(torch.bfloat16), weight)  # no copy of the weight in bf16, none of its gradient
+    return torch.nn.functional.linear(x_TD, weight)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, gain_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        width = x_TD.shape[-1]
-        inverse_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
-        unit_TD = x_TD * inverse_T1
-        ctx.save_for_backward(unit_TD, inverse_T1, gain_D)
-        return torch.mul(unit_TD, gain_D, out=torch.empty_like(unit_TD, dtype=dtype))
+        if x_TD.dtype == gain_D.dtype == torch.float32 and dtype in native.SUFFIX and native.serves(x_TD, gain_D):
+            out_TD, scale_T = native.rms_norm(x_TD, gain_D, eps, dtype)
+        else:
+            scale_T = _scale(x_TD, eps)
+            out_TD = torch.mul(x_TD * scale_T[:, None], gain_D, out=torch.empty_like(x_TD, dtype=dtype))
+        ctx.save_for_backward(x_TD, scale_T, gain_D)
+        return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        unit_TD, inverse_T1, gain_D = ctx.saved_tensors
-        grad_TD = grad_TD.float()
+        x_TD, scale_T, gain_D = ctx.saved_tensors
+        if native.serves(grad_TD, x_TD):
+            return *native.rms_norm_backward(grad_TD, x_TD, gain_D, scale_T), None, None
+        unit_TD, grad_TD = x_TD * scale_T[:, None], grad_TD.float()
         product_TD = grad_TD * unit_TD
         along_T1 = (product_TD @ gain_D).div_(-unit_TD.shape[-1]).unsqueeze(-1)
-        grad_x_TD = (grad_TD * gain_D).addcmul_(unit_TD, along_T1).mul_(inverse_T1)
+        grad_x_TD = (grad_TD * gain_D).addcmul_(unit_TD, along_T1).mul_(scale_T[:, None])
         return grad_x_TD, product_TD.sum(0), None, None
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis."""
+    return torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def rms_norm(x_TD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """`gain * x / sqrt(mean(x^2) + eps)` of float32 x, written in the precision of the product that follows."""
     dtype = compute_dtype(x_TD.device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not native.serves(x_TD):
         return _normalised(x_TD, gain_D, eps).to(dtype)
     return _RMSNorm.apply(x_TD, gain_D, eps, dtype)
 
@@ -69,27 +109,29 @@ def _normalised(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_TF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_TF)
+        if native.serves(gate_up_TF):
+            return native.swiglu(gate_up_TF)
         gate, up = gate_up_TF.chunk(2, dim=-1)
-        silu = torch.nn.functional.silu(gate)
-        # on a CPU the exponential costs more than the memory; on a GPU it is the other way round
-        ctx.save_for_backward(gate_up_TF, silu if gate.device.type == "cpu" else None)
-        return silu * up
+        return torch.nn.functional.silu(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TF: Tensor) -> Tensor:
-        gate_up_TF, silu = ctx.saved_tensors
+        (gate_up_TF,) = ctx.saved_tensors
+        if native.serves(grad_TF, gate_up_TF):
+            return native.swiglu_backward(grad_TF, gate_up_TF)
         gate, up = gate_up_TF.chunk(2, dim=-1)
         grad = torch.empty_like(gate_up_TF)
         grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(grad_TF, torch.nn.functional.silu(gate) if silu is None else silu, out=grad_up)
+        torch.mul(grad_TF, torch.nn.functional.silu(gate), out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_TF * up, gate, grad_input=grad_gate)
         return grad
 
 
 def swiglu(gate_up_TF: Tensor) -> Tensor:
     """`silu(gate) * up` of [T, 2F] holding the gate, then the up projection -> [T, F]."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not native.serves(gate_up_TF):
         gate, up = gate_up_TF.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return _SwiGLU.apply(gate_up_TF)
@@ -106,39 +148,16 @@ def _rotate(x_THK: Tensor, phase: Tensor, sign: float) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
 
-def _normalise_and_turn(
-    qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, eps: float
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """q and k of a projection [T, 3D], normalised and rotated: float32 [T, 2H, K], and what `_turn_back` needs."""
-    head = gain_q.shape[0]
-    slots, heads = qkv.shape[0], qkv.shape[1] // (3 * head)
-    qk = qkv[:, : 2 * heads * head].float().unflatten(-1, (2 * heads, head))
-    scale = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().div_(head).add_(eps).rsqrt_()
-    unit = qk * scale
-    gain = torch.cat((gain_q.repeat(heads), gain_k.repeat(heads)))
-    return _rotate((unit.flatten(1) * gain).view(slots, 2 * heads, head), phase, 1.0), (unit, scale, gain)
+def _unit(qkv: Tensor, head: int, eps: float) -> tuple[Tensor, Tensor]:
+    """q and k of a projection [T, 3D], normalised, float32 [T, 2H, K], and the scale of each, [T, 2H, 1]."""
+    qk = qkv[:, : qkv.shape[1] // 3 * 2].float().unflatten(-1, (-1, head))
+    scale = _scale(qk, eps)[..., None]
+    return qk * scale, scale
 
 
-def _turn_back(grad: Tensor, saved: Sequence[Tensor], phase: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """From the gradient of the rotated q and k, [T, 2H, K]: of what was projected, float32, and of the two gains."""
-    unit, scale, gain = saved
-    _, twice, head = unit.shape
-    grad = _rotate(grad.float(), phase, -1.0)
-    product = grad * unit
-    of_q, of_k = product.sum(0).view(2, twice // 2, head).sum(1)
-    weight = gain.view(twice, head)
-    along = (product.mul_(weight)).sum(-1, keepdim=True).div_(-head)
-    return (grad * weight).addcmul_(unit, along).mul_(scale), (of_q, of_k)
-
-
-def _joined(grad_qk: Tensor, grad_v: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T, 2H, K] and [T, H, K] -> the gradient of the fused projection, [T, 3D]."""
-    slots, heads, head = grad_v.shape
-    split = 2 * heads * head
-    grad_qkv = torch.empty(slots, 3 * heads * head, dtype=dtype, device=grad_qk.device)
-    grad_qkv[:, :split] = grad_qk.flatten(1)
-    grad_qkv[:, split:] = grad_v.flatten(1)
-    return grad_qkv
+def _gains(gain_q: Tensor, gain_k: Tensor, heads: int) -> Tensor:
+    """[2HK]: the gain of q for each of its heads, then that of k."""
+    return torch.cat((gain_q.repeat(heads), gain_k.repeat(heads)))
 
 
 class _HeadsOf(torch.autograd.Function):
@@ -156,13 +175,14 @@ class _HeadsOf(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        turned, saved = _normalise_and_turn(qkv, gain_q, gain_k, phase, eps)
-        heads, head = turned.shape[1] // 2, turned.shape[2]
-        turned = turned.to(dtype)
+        ctx.save_for_backward(qkv, gain_q, gain_k, phase, inverse)
+        ctx.eps = eps
+        head = gain_q.shape[0]
+        unit, _ = _unit(qkv, head, eps)
+        heads = unit.shape[1] // 2
+        turned = _rotate((unit.flatten(1) * _gains(gain_q, gain_k, heads)).view(unit.shape), phase, 1.0).to(dtype)
         value = qkv[:, 2 * heads * head :].unflatten(-1, (heads, head)).to(dtype)
         parts = (turned[:, :heads], turned[:, heads:], value)
-        ctx.save_for_backward(*saved, phase, inverse)
-        ctx.dtype = qkv.dtype
         if gather is None:
             return tuple(part.contiguous() for part in parts)  # type: ignore[return-value]
         return tuple(part.index_select(0, gather) for part in parts)  # type: ignore[return-value]
@@ -170,37 +190,21 @@ class _HeadsOf(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, phase, inverse = ctx.saved_tensors
+        qkv, gain_q, gain_k, phase, inverse = ctx.saved_tensors
         if inverse is not None:
             grads = tuple(grad.index_select(0, inverse) for grad in grads)
         grad_q, grad_k, grad_v = grads
-        grad_qk, of_gains = _turn_back(torch.cat((grad_q, grad_k), 1), saved, phase)
-        return _joined(grad_qk, grad_v, ctx.dtype), *of_gains, None, None, None, None, None
-
-
-class _RowsOf(torch.autograd.Function):
-    """The same, but each head's row is gathered by itself, and v keeps its precision: [R, K]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, take: Tensor, give: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        turned, saved = _normalise_and_turn(qkv, gain_q, gain_k, phase, eps)
-        heads, head = turned.shape[1] // 2, turned.shape[2]
-        ctx.save_for_backward(*saved, phase, give)
-        slot, turned = take // heads, turned.view(-1, head)
-        at_q, at_v = take + slot * heads, take + slot * (2 * heads) + 2 * heads
-        q, k = turned.index_select(0, at_q), turned.index_select(0, at_q + heads)
-        return q, k, qkv.view(-1, head).index_select(0, at_v)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, phase, give = ctx.saved_tensors
-        slots, head = saved[0].shape[0], saved[0].shape[2]
-        grad_q, grad_k, grad_v = (grad.index_select(0, give).view(slots, -1, head) for grad in grads)
-        grad_qk, of_gains = _turn_back(torch.cat((grad_q, grad_k), 1), saved, phase)
-        return _joined(grad_qk, grad_v, grad_v.dtype), *of_gains, None, None, None, None
+        _, heads, head = grad_v.shape
+        unit, scale = _unit(qkv, head, ctx.eps)
+        grad = _rotate(torch.cat((grad_q, grad_k), 1).float(), phase, -1.0)
+        product = grad * unit
+        to_q, to_k = product.sum(0).view(2, heads, head).sum(1)
+        weight = _gains(gain_q, gain_k, heads).view(2 * heads, head)
+        along = product.mul_(weight).sum(-1, keepdim=True).div_(-head)
+        out = torch.empty_like(qkv)
+        out[:, : 2 * heads * head] = (grad * weight).addcmul_(unit, along).mul_(scale).flatten(1)
+        out[:, 2 * heads * head :] = grad_v.flatten(1)
+        return out, to_q, to_k, None, None, None, None, None
 
 
 def heads_of(
@@ -222,28 +226,40 @@ def heads_of(
     """
     if not torch.compiler.is_compiling():
         return _HeadsOf.apply(qkv, gain_q, gain_k, phase, gather, inverse, eps, dtype)
-    parts = _formula(qkv, gain_q, gain_k, phase, eps)
-    if gather is None:
-        return tuple(part.to(dtype) for part in parts)  # type: ignore[return-value]
-    assert inverse is not None
-    return tuple(regroup(part.to(dtype), gather, inverse) for part in parts)  # type: ignore[return-value]
-
-
-def rows_of(
-    qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, take: Tensor, give: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for `bf16.Rows`: rows of single heads, float32 q and k and v as projected, each [R, K]."""
-    if not torch.compiler.is_compiling():
-        return _RowsOf.apply(qkv, gain_q, gain_k, phase, take, give, eps)
-    return tuple(regroup(x.flatten(0, 1), take, give) for x in _formula(qkv, gain_q, gain_k, phase, eps))  # type: ignore[return-value]
-
-
-def _formula(qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What both are inside torch.compile, before rows move: [T, H, K]."""
     q, k, v = qkv.unflatten(-1, (3, -1, gain_q.shape[0])).unbind(1)
     phase = phase[:, :1]  # the same angles for every head: read once
     # complex products are no part of what a compiler fuses, and on a CPU still faster than what it makes of pairs
-    return _rotate(_normalised(q, gain_q, eps), phase, 1.0), _rotate(_normalised(k, gain_k, eps), phase, 1.0), v
+    q, k = (_rotate(_normalised(x, gain, eps), phase, 1.0) for x, gain in ((q, gain_q), (k, gain_k)))
+    if gather is None:
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    assert inverse is not None
+    return tuple(regroup(x.to(dtype), gather, inverse) for x in (q, k, v))  # type: ignore[return-value]
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, edges: Tensor, last: Tensor, eps: float
+    ) -> Tensor:
+        out, logsumexp = native.attention(qkv, gain_q, gain_k, phase, edges, last, eps)
+        ctx.save_for_backward(qkv, gain_q, gain_k, phase, edges, last, logsumexp)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *native.attention_backward(grad, *ctx.saved_tensors, ctx.eps), None, None, None, None
+
+
+def document_attention(
+    qkv: Tensor, gain_q: Tensor, gain_k: Tensor, phase: Tensor, edges: Tensor, last: Tensor, eps: float
+) -> Tensor:
+    """QK-norm, RoPE and attention of a fused projection [T, 3D] -> [T, D], by native.py alone; see `native.attention`.
+
+    Scores, softmax and sums are float32 whatever the precision of the projection; nothing but it is kept.
+    """
+    return _DocumentAttention.apply(qkv, gain_q * gain_q.shape[0] ** -0.5, gain_k, phase, edges, last, eps)
 
 
 class _Regroup(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isofusion.model.fused import rms_norm
+from isofusion.model.fused import linear, rms_norm
 
 
 def unset(*shape: int) -> nn.Parameter:
@@ -22,7 +22,7 @@ class Linear(nn.Module):
         self.weight = unset(outputs, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Module):

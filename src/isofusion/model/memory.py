@@ -20,12 +20,10 @@ HEAD_CHUNK = 2**24
 HEAD_CHUNK_GPU = 2**28
 """The same on a GPU, whose products want more rows: 1 GiB."""
 LOGITS = 2**19
-"""Logits of one piece of `bf16.head_loss`: 2 MiB in float32, about what second-level caches hold."""
-QUERIES = 128
-"""Queries of one product of a `bf16.Stack`: fewer skip more of the square, more make larger products."""
+"""Logits of one piece of `head_loss`: 2 MiB in float32, about what second-level caches hold."""
 ROUND = 16
-"""On a CPU the rows of a product (slots, targets, the tokens of an expert) are filled up to a multiple of this: oneDNN
-compiles a kernel for every new shape, about 0.3 ms each, and keeps a thousand."""
+"""On a CPU slots are filled up to a multiple of this, and where a product is oneDNN's also its targets or the tokens of
+an expert: oneDNN compiles a kernel for every new shape, about 0.3 ms each, and keeps a thousand."""
 IMAGE_SHARE = 0.544
 """Share of patches among the tokens of the paper's mixture, where no batch says otherwise."""
 DOCUMENT = 256  # slots of a document, where no batch says otherwise: it sets the size of the masks on a CPU
@@ -57,39 +55,37 @@ def _block(
     weights: float,
     size: float,
     cpu: bool,
+    native: bool,
     compiled: bool,
-    pairs: float,
     experts: int = 0,
     top_k: int = 1,
     real: float = 0.0,
     router: bool = False,
 ) -> Layer:
-    """`size`: bytes of a number in a product; `weights`: parameters in products; `pairs`: (query, key) pairs whose
-    attention weight a bf16.Stack keeps; `real`: slots without padding; `router`: experts are chosen by one.
+    """`size`: bytes of a number in a product; `weights`: parameters in products; `real`: slots without padding;
+    `router`: experts are chosen by one.
     """
     t_d, s_d, t_f = slots * width, places * width, slots * hidden
-    if cpu and size == 2:  # bf16.attention: q, k, v and the weights in bf16
-        attention = 3 * s_d * size + heads * pairs * size
+    if native:  # the logsumexp of each score row; its weights are computed again
+        attention = 4 * slots * heads
     else:  # q, k, v, the result, its logsumexp
         attention = 4 * s_d * (4.0 if cpu else size) + 4 * places * heads
-    copies = weights * (2.0 if size == 2 else 0.0)  # bf16 copies of the weights live as long as the graph
-    if compiled and not experts:
+    copies = weights * (2.0 if size == 2 and not native else 0.0)  # in bf16, which live as long as the graph
+    if compiled and not experts and not native:
         # the compiler keeps least: the residual stream, both projections into it, q, k, v, the result, gate and up
         kept = t_d * (4 + size) + attention + 8 * slots + 2 * t_f * size
         return Layer(kept + copies, 3 * t_f * size + 4 * t_d, 4.0 * weights, 4 * t_d)
-    kept = 2 * (t_d * (4 + size) + 4 * slots)  # two norms: the unit vectors, what the product reads, one scale a slot
-    kept += 4 * 2 * t_d + 4 * 2 * heads * slots  # q and k before their gains
-    kept += attention + t_d * size  # and the result in order
-    silu = 1.0 if cpu else 0.0
+    kept = 2 * (t_d * (4 + size) + 4 * slots)  # two norms: what they read, what the product reads, one scale a slot
+    kept += 3 * t_d * size + attention + t_d * size  # the projection, and the result in order
     if not experts:
-        kept += t_f * size * (3 + silu)  # gate, up, (silu,) product
+        kept += t_f * size * 3  # gate, up, product
         held = t_f * size * 3 + 4 * t_d + (t_d * size if size == 2 else 0)
         return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
-    rows = (real if cpu else slots) * top_k + (experts * (ROUND - 1) if cpu and size == 2 else 0)
-    kept += rows * width * size * 2 + rows * hidden * size * (3 + silu)  # rows in and out, gate, up, (silu,) product
+    rows = (real if cpu else slots) * top_k + (experts * (ROUND - 1) if cpu and size == 2 and not native else 0)
+    kept += rows * width * size * 2 + rows * hidden * size * 3  # rows in and out, gate, up, product
     kept += slots * top_k * 24 + rows * 20  # choices, order
     if router:  # its probabilities, and what it reads in float32
-        kept += slots * experts * 4 + (t_d * 4 if size == 2 else 0)
+        kept += slots * experts * 4 + (t_d * 4 if size == 2 and not native else 0)
     held = rows * hidden * size * 3 + 4 * t_d + rows * width * size
     return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
 
@@ -102,12 +98,14 @@ def memory_bytes(
     device: str = "cpu",
     recompute: int = 0,
     compiled: bool | None = None,
+    native: bool = True,
 ) -> dict[str, float]:
     """Bytes of one device at the worst moment of a step, by what they are for; "total" is their sum.
 
     `slots` of one micro-batch, padding included (on a CPU it costs nothing); `shape`: what it holds (default: the
     paper's mixture, no padding).
     `recompute`: blocks whose activations are computed again in the backward pass. `compiled`: a GPU's default.
+    `native`: on a CPU, whether the kernels of native.py run (in bf16: its products too).
     """
     shape = shape or nominal_shape(slots)
     cpu = device == "cpu"
@@ -118,16 +116,16 @@ def memory_bytes(
     real = float(shape.text_tokens + shape.image_tokens)
     if cpu:  # padding is left out (PackedBatch.without_padding)
         slots = min(slots, round(-(-real // ROUND) * ROUND))
-    places = slots * PADDED if cpu else slots
+    native = native and cpu
+    places = slots * PADDED if cpu and not native else slots
     attention, ffn = 4 * d * d, 3 * d * cfg.hidden()
     inside = attention + ffn * max(1, cfg.n_experts) + (cfg.n_experts * d if cfg.routing == "agnostic" else 0)
-    squares = 2.0 * shape.attention_pairs  # of the documents' lengths, for text; more for images
-    pairs = min(squares, shape.attention_pairs + QUERIES / 2 * real)
+    how = (size, cpu, native, compiled)
     moe = (cfg.n_experts, cfg.top_k, real, cfg.routing == "agnostic")
-    block = _block(slots, places, d, cfg.hidden(), cfg.n_heads, inside, size, cpu, compiled, pairs, *moe)
+    block = _block(slots, places, d, cfg.hidden(), cfg.n_heads, inside, *how, *moe)
     layers = [block] * cfg.depth
-    if cpu:  # where each slot goes and comes from, the table of rotations, the masks of the stacked documents
-        shared = 8.0 * places + 8.0 * slots + 8.0 * slots * d + 4.0 * squares
+    if cpu and not native:  # where each slot goes and comes from, the table of rotations, the masks of the documents
+        shared = 8.0 * places + 8.0 * slots + 8.0 * slots * d + 8.0 * shape.attention_pairs
     else:
         shared = 4.0 * slots * cfg.head_dim
     front = patches * cfg.patch_dim * size
@@ -135,22 +133,21 @@ def memory_bytes(
         assert cfg.encoder_width is not None
         e, heads = cfg.encoder_width, cfg.encoder_width // cfg.encoder_head
         weights = 4 * e * e + 3 * e * cfg.hidden(e)
-        pairs = patches * patches / max(1, shape.images)
-        tower = _block(patches, patches, e, cfg.hidden(e), heads, weights, size, cpu, compiled, pairs)
+        tower = _block(patches, patches, e, cfg.hidden(e), heads, weights, *how)
         layers = [tower] * cfg.encoder_layers + layers
-        front += patches * e * (4 + size) + patches * (e * 8.0 if cpu else cfg.encoder_head * 4.0)
+        front += patches * e * (4 + size) + patches * (e * 8.0 if cpu and not native else cfg.encoder_head * 4.0)
     if recompute:
         again = [Layer(b.enters, b.kept + b.held, b.gradients, b.enters) for b in layers[:recompute]]
         layers = again + layers[recompute:]
-    # the head: unit vectors and result of the last norm, rows with a target
+    # the head: input and result of the last norm, rows with a target
     top = slots * d * (4 + size) + shape.targets * d * 8.0
     chunk = HEAD_CHUNK if cpu else HEAD_CHUNK_GPU
     logits = 4.0 * min(shape.targets * cfg.vocab_size, chunk)
     softmax = 3 * logits if cpu or size == 4 else 3.5 * logits
     if cpu and size == 2:
-        # bf16.head_loss: gradient of the logits in bf16, and one piece of them in float32 or the weights' gradient
-        ends = cfg.vocab_size * d
-        softmax = logits / 2 + 2 * ends + max(10.0 * min(LOGITS, logits / 4), 6.0 * ends)
+        # head_loss: gradient of the logits in bf16, and the weights' gradient or one piece of the logits in float32
+        ends, piece = cfg.vocab_size * d, min(LOGITS, logits / 4)
+        softmax = logits / 2 + (4 * ends if native else 2 * ends + max(10.0 * piece, 6.0 * ends))
     kept = shared + front + top + sum(b.kept for b in layers)
     gradients = 4.0 * cfg.vocab_size * d
     # the head's gradient is there at its second chunk

@@ -291,7 +291,9 @@ def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _memory(run: RunConfig) -> float:
-    """Bytes of one job: its worker and the model with its activations; "auto" is counted as what needs more."""
+    """Bytes of one job: its worker and the model with its activations; what is not known (precision "auto", whether
+    there is a compiler for native.py) is counted as what needs more.
+    """
     from isofusion.model.memory import memory_bytes
     from isofusion.study.gpu import HOST_BYTES, gpu_bytes
 
@@ -300,8 +302,9 @@ def _memory(run: RunConfig) -> float:
     slots = run.train.rows_per_step * run.data.row_len
     asked = run.train.precision
     return WORKER_BYTES + max(
-        memory_bytes(run.model, slots, precision)["total"] + (BF16_BYTES if precision == "bf16" else 0.0)
+        memory_bytes(run.model, slots, precision, native=native)["total"] + (BF16_BYTES if precision == "bf16" else 0.0)
         for precision in (("fp32", "bf16") if asked == "auto" else (asked,))
+        for native in (True, False)
     )
 
 

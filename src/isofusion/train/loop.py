@@ -230,7 +230,7 @@ class _Run:
             "precision": self.precision,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
-        machine = {**environment(self.threads), **self.parallel.describe()}
+        machine = {**environment(self.threads, self.parallel.device), **self.parallel.describe()}
         self._write({"run.json": json.dumps(about, indent=1), "env.json": json.dumps(machine, indent=1)})
 
     def _write(self, files: dict[str, str]) -> None:

@@ -1,0 +1,134 @@
+// The router of experts, and how rows come back from them.
+
+#pragma once
+
+#include <algorithm>
+#include "numbers.h"
+
+namespace {
+
+// share[t] = softmax over the E experts of x[t] times the router [E, D], float32.
+template <class Q>
+void route(const Q* x, const float* router, float* share, long T, long D, long E, int threads) {
+    threads = useful(T * D, threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int p = 0; p < threads; p++) {
+        const Piece mine = piece(T, threads, p);
+        std::vector<float> row(D);
+        for (long t = mine.from; t < mine.to; t++) {
+            for (long d = 0; d < D; d++) row[d] = load(x + t * D + d);
+            float *out = share + t * E, top = -INFINITY, sum = 0.0f;
+            for (long e = 0; e < E; e++) {
+                out[e] = dot(row.data(), router + e * D, D);
+                top = out[e] > top ? out[e] : top;
+            }
+            for (long e = 0; e < E; e++) sum += out[e] = exp_of(out[e] - top);
+            for (long e = 0; e < E; e++) out[e] /= sum;
+        }
+    }
+}
+
+template <class Q>
+void route_backward(const float* grad, const Q* x, const float* router, const float* share, Q* to_x, float* to_router, long T,
+                    long D, long E, int threads) {
+    threads = useful(T * D, threads);
+    std::vector<float> sums(size_t(threads) * E * D);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int p = 0; p < threads; p++) {
+        const Piece mine = piece(T, threads, p);
+        std::vector<float> row(D), back(D), own(E * D, 0.0f);
+        for (long t = mine.from; t < mine.to; t++) {
+            float along = 0.0f;
+            for (long e = 0; e < E; e++) along += grad[t * E + e] * share[t * E + e];
+            for (long d = 0; d < D; d++) row[d] = load(x + t * D + d);
+            std::fill(back.begin(), back.end(), 0.0f);
+            for (long e = 0; e < E; e++) {
+                const float of = share[t * E + e] * (grad[t * E + e] - along);
+                const float* w = router + e * D;
+                float* to = own.data() + e * D;
+#pragma omp simd
+                for (long d = 0; d < D; d++) {
+                    back[d] += of * w[d];
+                    to[d] += of * row[d];
+                }
+            }
+            for (long d = 0; d < D; d++) store(to_x + t * D + d, back[d]);
+        }
+        std::copy(own.begin(), own.end(), sums.begin() + size_t(p) * E * D);
+    }
+    for (long i = 0; i < E * D; i++) to_router[i] = 0.0f;
+    for (int p = 0; p < threads; p++)
+        for (long i = 0; i < E * D; i++) to_router[i] += sums[size_t(p) * E * D + i];
+}
+
+// Each slot's C choices among the rows of experts are at place[t][c], or nowhere (-1); a row is one slot's.
+// out[t] = sum over its choices of gate * row.
+template <class Q>
+void combine(const Q* rows, const float* gate, const int64_t* place, float* out, long T, long C, long D, int threads) {
+    threads = useful(T * D, threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int p = 0; p < threads; p++) {
+        const Piece mine = piece(T, threads, p);
+        for (long t = mine.from; t < mine.to; t++) {
+            float* to = out + t * D;
+            std::fill(to, to + D, 0.0f);
+            for (long c = t * C; c < (t + 1) * C; c++) {
+                if (place[c] < 0) continue;
+                const Q* row = rows + place[c] * D;
+                const float g = gate[c];
+#pragma omp simd
+                for (long d = 0; d < D; d++) to[d] += g * load(row + d);
+            }
+        }
+    }
+}
+
+// Its gradient. Rows that no slot names must hold zeros already.
+template <class Q>
+void combine_backward(const float* grad, const Q* rows, const float* gate, const int64_t* place, Q* to_rows, float* to_gate,
+                      long T, long C, long D, int threads) {
+    threads = useful(T * D, threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int p = 0; p < threads; p++) {
+        const Piece mine = piece(T, threads, p);
+        for (long t = mine.from; t < mine.to; t++)
+            for (long c = t * C; c < (t + 1) * C; c++) {
+                to_gate[c] = 0.0f;
+                if (place[c] < 0) continue;
+                const Q* row = rows + place[c] * D;
+                Q* to = to_rows + place[c] * D;
+                const float *of = grad + t * D, g = gate[c];
+                float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (long d = 0; d < D; d++) {
+                    sum += of[d] * load(row + d);
+                    store(to + d, of[d] * g);
+                }
+                to_gate[c] = sum;
+            }
+    }
+}
+
+// to[t] = sum over its choices of the row.
+template <class Q>
+void collect(const Q* rows, const int64_t* place, Q* out, long T, long C, long D, int threads) {
+    threads = useful(T * D, threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int p = 0; p < threads; p++) {
+        const Piece mine = piece(T, threads, p);
+        std::vector<float> sum(D);
+        for (long t = mine.from; t < mine.to; t++) {
+            std::fill(sum.begin(), sum.end(), 0.0f);
+            for (long c = t * C; c < (t + 1) * C; c++) {
+                if (place[c] < 0) continue;
+                const Q* row = rows + place[c] * D;
+#pragma omp simd
+                for (long d = 0; d < D; d++) sum[d] += load(row + d);
+            }
+#pragma omp simd
+            for (long d = 0; d < D; d++) store(out + t * D + d, sum[d]);
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,239 @@
+// Matrix products, on processors with avx512_bf16.
+
+#pragma once
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <type_traits>
+#include "numbers.h"
+
+namespace {
+
+// Matrix products of bf16 rows with float32 weights (rounded to bf16 on the way), float32 sums. Rows come in groups: those
+// of group e, [edges[e], edges[e + 1]), meet weight e; a plain linear layer has one group. A library multiplies large
+// matrices as fast, but wants the weights rounded beforehand and 30 us a call, which at the widths of the miniature, or
+// with the few rows of an expert, is most of the time.
+//
+// Two bf16 numbers that stand behind each other in the summed dimension are a pair, one uint32: dpbf16 multiplies sixteen
+// pairs and adds up both products. 64 columns of the right factor are packed as pairs, then met by all rows.
+
+constexpr long PANEL = 4 * LANES;  // columns that are packed together
+constexpr int TALL = 6;            // rows of a tile: 6 x 4 vectors of sums, 4 of the panel, 1 of the left factor
+
+inline uint32_t pair(float first, float second) {
+    bf16 low, high;
+    store(&low, first);
+    store(&high, second);
+    return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+}
+
+// c[i * line + j * step] = sum over pairs of a[i] * panel[j], for M rows, of which `valid` are stored, and V vectors of
+// columns. The pair p of row i is a[i * row + p * next]. `step` 0: whole vectors that go past the caches.
+template <int M, int V, class C>
+inline void tile(const uint32_t* a, long row, long next, const uint32_t* panel, long pairs, C* c, long line, long step,
+                 long columns, long valid = M) {
+    __m512 sums[M][V];
+    for (int i = 0; i < M; i++)
+        for (int v = 0; v < V; v++) sums[i][v] = _mm512_setzero_ps();
+    for (long p = 0; p < pairs; p++) {
+        __m512i right[V];
+        for (int v = 0; v < V; v++) right[v] = _mm512_load_si512(panel + p * PANEL + v * LANES);
+        for (int i = 0; i < M; i++) {
+            const __m512i left = _mm512_set1_epi32(int(a[i * row + p * next]));
+            for (int v = 0; v < V; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], (__m512bh)left, (__m512bh)right[v]);
+        }
+    }
+    alignas(64) float out[V * LANES];
+    for (int i = 0; i < M; i++) {
+        if (i >= valid) break;
+        if constexpr (std::is_same<C, float>::value)
+            if (step == 0) {
+                for (int v = 0; v < V; v++) _mm512_stream_ps(c + i * line + v * LANES, sums[i][v]);
+                continue;
+            }
+        for (int v = 0; v < V; v++) _mm512_store_ps(out + v * LANES, sums[i][v]);
+        if (step == 1)
+            for (long j = 0; j < columns; j++) store(c + i * line + j, out[j]);
+        else
+            for (long j = 0; j < columns; j++) store(c + i * line + j * step, out[j]);
+    }
+}
+
+// Rows of a plain matrix, `pairs` numbers each.
+template <int V>
+void by_rows(const uint32_t* a, const uint32_t* panel, long pairs, bf16* c, long line, long columns, long rows) {
+    long i = 0;
+    for (; i + TALL <= rows; i += TALL) tile<TALL, V>(a + i * pairs, pairs, 1, panel, pairs, c + i * line, line, 1, columns);
+    for (; i + 2 <= rows; i += 2) tile<2, V>(a + i * pairs, pairs, 1, panel, pairs, c + i * line, line, 1, columns);
+    if (i < rows) tile<1, V>(a + i * pairs, pairs, 1, panel, pairs, c + i * line, line, 1, columns);
+}
+
+// Rows in blocks of LANES, pair after pair in a block: tiles of 6, 6 and 4 rows.
+template <int V>
+void by_blocks(const uint32_t* a, const uint32_t* panel, long pairs, float* c, long line, long step, long columns, long rows) {
+    for (long i = 0; i < rows; i += LANES, a += pairs * LANES, c += LANES * line) {
+        const auto some = [&](auto count, int from) {
+            constexpr int M = decltype(count)::value;
+            const long valid = std::min(long(M), rows - i - from);
+            if (valid > 0) tile<M, V>(a + from, 1, LANES, panel, pairs, c + from * line, line, step, columns, valid);
+        };
+        some(std::integral_constant<int, TALL>(), 0);
+        some(std::integral_constant<int, TALL>(), TALL);
+        some(std::integral_constant<int, LANES - 2 * TALL>(), 2 * TALL);
+    }
+}
+
+#define BY_VECTORS(function, columns, ...)                        \
+    switch (up(columns) / LANES) {                                \
+        case 1: function<1>(__VA_ARGS__); break;                  \
+        case 2: function<2>(__VA_ARGS__); break;                  \
+        case 3: function<3>(__VA_ARGS__); break;                  \
+        default: function<4>(__VA_ARGS__);                        \
+    }
+
+// The work of a product: for each group its panels of columns, and these in `parts` shares of the left factor's rows.
+struct Work {
+    long panels, parts, tasks;
+
+    Work(long groups, long columns, long rows, int threads) {
+        panels = (columns + PANEL - 1) / PANEL;
+        parts = std::max(1L, std::min(4 * threads / std::max(1L, groups * panels), rows / (8 * TALL)));
+        tasks = groups * panels * parts;
+    }
+    long group(long task) const { return task / parts / panels; }
+    long column(long task) const { return task / parts % panels * PANEL; }
+    Piece share(long task, long rows) const { return piece(rows, int(parts), int(task % parts)); }
+};
+
+// x [G, D] times weight [E, D, F] -> out [G, F]. D is even.
+void product(const bf16* x, const float* weight, const int64_t* edges, bf16* out, long E, long D, long F, int threads) {
+    const Work work(E, F, edges[E] - edges[0], threads);
+#pragma omp parallel num_threads(useful((edges[E] - edges[0]) * F, threads))
+    {
+        Numbers space;
+        space.resize(D / 2 * PANEL);
+        uint32_t* panel = reinterpret_cast<uint32_t*>(space.data());
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < work.tasks; task++) {
+            const long e = work.group(task), from = work.column(task), columns = std::min(PANEL, F - from);
+            const Piece rows = work.share(task, edges[e + 1] - edges[e]);
+            if (rows.from == rows.to) continue;
+            const float* w = weight + e * D * F + from;
+            for (long p = 0; p < D / 2; p++) {
+                const float *first = w + 2 * p * F, *second = first + F;
+                for (long j = 0; j < columns; j++) panel[p * PANEL + j] = pair(first[j], second[j]);
+                for (long j = columns; j < PANEL; j++) panel[p * PANEL + j] = 0;
+            }
+            const long top = edges[e] + rows.from;
+            const uint32_t* a = reinterpret_cast<const uint32_t*>(x + top * D);
+            BY_VECTORS(by_rows, columns, a, panel, D / 2, out + top * F + from, F, columns, rows.to - rows.from)
+        }
+    }
+}
+
+// x [G, F] times the transpose of weight [E, D, F] -> out [G, D]. F is even.
+void product_transposed(const bf16* x, const float* weight, const int64_t* edges, bf16* out, long E, long D, long F,
+                        int threads) {
+    const Work work(E, D, edges[E] - edges[0], threads);
+#pragma omp parallel num_threads(useful((edges[E] - edges[0]) * D, threads))
+    {
+        Numbers space;
+        space.resize(F / 2 * PANEL);
+        uint32_t* panel = reinterpret_cast<uint32_t*>(space.data());
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < work.tasks; task++) {
+            const long e = work.group(task), from = work.column(task), columns = std::min(PANEL, D - from);
+            const Piece rows = work.share(task, edges[e + 1] - edges[e]);
+            if (rows.from == rows.to) continue;
+            const float* w = weight + (e * D + from) * F;
+            for (long p = 0; p < F / 2; p += LANES) {  // sixteen pairs of every column at a time, then turned over
+                const long count = std::min(LANES, F / 2 - p);
+                uint32_t some[PANEL * LANES] = {};
+                for (long j = 0; j < columns; j++)
+                    for (long q = 0; q < count; q++)
+                        some[j * LANES + q] = pair(w[j * F + 2 * (p + q)], w[j * F + 2 * (p + q) + 1]);
+                for (long q = 0; q < count; q++)
+                    for (long j = 0; j < PANEL; j++) panel[(p + q) * PANEL + j] = some[j * LANES + q];
+            }
+            const long top = edges[e] + rows.from;
+            const uint32_t* a = reinterpret_cast<const uint32_t*>(x + top * F);
+            BY_VECTORS(by_rows, columns, a, panel, F / 2, out + top * D + from, D, columns, rows.to - rows.from)
+        }
+    }
+}
+
+// The transpose of x [G, D] times y [G, F], group by group -> out [E, D, F], float32; `turned`: [E, F, D].
+void sums_of_rows(const bf16* x, const bf16* y, const int64_t* edges, float* out, long E, long D, long F, bool turned,
+                  int threads) {
+    // what no cache holds until the optimizer reads it would be read from memory to be written over
+    const bool past = E * D * F > (1 << 21) && F % LANES == 0 && reinterpret_cast<uintptr_t>(out) % (4 * LANES) == 0;
+    const long line = turned ? 1 : F, step = turned ? D : past ? 0 : 1;
+    const Work work(E, F, D, threads);
+    const long blocks = up(D) / LANES;
+    std::vector<long> start(E + 1, 0);
+    long most = 0;
+    for (long e = 0; e < E; e++) {
+        most = std::max(most, edges[e + 1] - edges[e]);
+        start[e + 1] = start[e] + (edges[e + 1] - edges[e] + 1) / 2;
+    }
+    std::vector<uint32_t> left(start[E] * blocks * LANES);  // x as pairs of rows, group after group, block after block
+    const auto both = [](const bf16* rows, long line, long j) {
+        return uint32_t(rows[j].bits) | uint32_t(rows[line + j].bits) << 16;
+    };
+    const auto between = [both](const bf16* rows, long line, long p, long count, long j) {  // the last may lack its second
+        return 2 * p + 1 < count ? both(rows + 2 * p * line, line, j) : uint32_t(rows[2 * p * line + j].bits);
+    };
+#pragma omp parallel num_threads(useful((edges[E] - edges[0]) * F, threads))
+    {
+        Numbers space;
+        space.resize((most + 1) / 2 * PANEL);
+        uint32_t* panel = reinterpret_cast<uint32_t*>(space.data());
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < E * blocks; task++) {
+            const long e = task / blocks, from = task % blocks * LANES, count = std::min(LANES, D - from);
+            const long rows = edges[e + 1] - edges[e], pairs = (rows + 1) / 2;
+            uint32_t* to = left.data() + (start[e] * blocks + task % blocks * pairs) * LANES;
+            const bf16* first = x + edges[e] * D + from;
+            for (long p = 0; p < pairs; p++) {
+                if (count == LANES && 2 * p + 1 < rows)
+                    for (long j = 0; j < LANES; j++) to[p * LANES + j] = both(first + 2 * p * D, D, j);
+                else
+                    for (long j = 0; j < count; j++) to[p * LANES + j] = between(first, D, p, rows, j);
+            }
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < work.tasks; task++) {
+            const long e = work.group(task), from = work.column(task), columns = std::min(PANEL, F - from);
+            const long rows = edges[e + 1] - edges[e], pairs = (rows + 1) / 2;
+            const Piece share = work.share(task, blocks);
+            for (long p = 0; p < pairs; p++) {
+                if (columns == PANEL && 2 * p + 1 < rows) {
+                    for (long j = 0; j < PANEL; j++) panel[p * PANEL + j] = both(y + (edges[e] + 2 * p) * F + from, F, j);
+                    continue;
+                }
+                for (long j = 0; j < columns; j++) panel[p * PANEL + j] = between(y + edges[e] * F + from, F, p, rows, j);
+                for (long j = columns; j < PANEL; j++) panel[p * PANEL + j] = 0;
+            }
+            const uint32_t* a = left.data() + (start[e] * blocks + share.from * pairs) * LANES;
+            const long top = share.from * LANES, height = std::min(D, share.to * LANES) - top;
+            float* to = out + e * D * F + top * line + from * (turned ? step : 1);
+            BY_VECTORS(by_blocks, columns, a, panel, pairs, to, line, step, columns, height)
+            if (past) _mm_sfence();
+        }
+    }
+}
+
+// The same as [E, D, F]. The left factor is read again for every panel of the right one: of a head it must not be the
+// gradient of the logits, though storing what comes out turned over costs too.
+void product_of_rows(const bf16* x, const bf16* y, const int64_t* edges, float* out, long E, long D, long F, int threads) {
+    if (D < 8 * F)
+        sums_of_rows(x, y, edges, out, E, D, F, false, threads);
+    else
+        sums_of_rows(y, x, edges, out, E, F, D, true, threads);
+}
+
+}  // namespace
+
+#endif
