@@ -100,6 +100,24 @@ def test_a_chunked_head_gives_the_same_loss_and_gradients(
         torch.testing.assert_close(one, other)
 
 
+def test_targets_that_are_filled_up_for_onednn_change_nothing(
+    batch: PackedBatch, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, shapes = [], []
+    logits = Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda self, hidden: shapes.append(len(hidden)) or logits(self, hidden))
+    for filled in (False, True):
+        monkeypatch.setattr(decoder, "by_onednn", lambda dtype, filled=filled: filled)
+        model = model_of(make_config())
+        nll, _ = model.token_losses(batch.torch())
+        nll.sum().backward()
+        results.append((nll.detach(), model.head.weight.grad, model.embed.weight.grad))
+    assert shapes[0] % 16 != 0
+    assert shapes[1] == -(-shapes[0] // 16) * 16
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_bf16_autocast_stays_close_and_keeps_losses_in_fp32(
     batch: PackedBatch, make_config: Callable[..., Any]
 ) -> None:

@@ -242,6 +242,24 @@ def test_the_router_is_a_softmax_in_float32(dtype: torch.dtype) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("choices", [1, 3])
+def test_choices_are_sorted_by_expert_and_then_by_slot(choices: int) -> None:
+    make = torch.Generator().manual_seed(3)
+    expert = torch.randint(5, (40, choices), generator=make)
+    expert[expert == 2] = 4  # nobody takes this one
+    real, modality = torch.rand(40, generator=make) < 0.8, torch.randint(2, (40,), generator=make)
+    counts, edges, order, place = native.sort_choices(expert, real, modality, 5)
+    key = expert.masked_fill(~real[:, None], 5).flatten()
+    rows = int(real.sum()) * choices
+    assert torch.equal(order, key.argsort(stable=True)[:rows])
+    assert edges.tolist() == [0, *torch.bincount(key, minlength=6)[:5].cumsum(0).tolist()]
+    for m in (0, 1):
+        assert torch.equal(counts[m], torch.bincount(expert[real & (modality == m)].flatten(), minlength=5))
+    assert (place[~real] == -1).all()
+    assert torch.equal(order[place[real].flatten()], torch.arange(40 * choices).view(40, choices)[real].flatten())
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_come_back_to_their_slots(dtype: torch.dtype) -> None:
     """Slot 1 went nowhere, row 3 is filler that nobody names."""

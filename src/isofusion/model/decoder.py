@@ -22,7 +22,7 @@ from isofusion.errors import InputError
 from isofusion.model.attention import choose_execution, make_plan
 from isofusion.model.block import Block, run_block
 from isofusion.model.experts import SlotPlan
-from isofusion.model.fused import compute_dtype, exactly
+from isofusion.model.fused import by_onednn, compute_dtype, exactly
 from isofusion.model.head_loss import head_loss
 from isofusion.model.layers import Embedding, Linear, RMSNorm
 from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU, ROUND
@@ -151,7 +151,10 @@ class Decoder(nn.Module):
         def piece(hidden: Tensor, targets: Tensor) -> Tensor:
             if low:
                 return head_loss(hidden * self.logit_scale, self.head.weight, targets)
-            return F.cross_entropy(self.logits(hidden), targets, reduction="none")
+            n = hidden.shape[0]
+            if hidden.device.type == "cpu" and by_onednn(torch.float32) and (filler := -n % ROUND):
+                hidden, targets = F.pad(hidden, (0, 0, 0, filler)), F.pad(targets, (0, filler))
+            return F.cross_entropy(self.logits(hidden), targets, reduction="none")[:n]
 
         if hidden_nD.shape[0] <= step:
             return piece(hidden_nD, targets_n)

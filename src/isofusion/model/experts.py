@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.model import native
-from isofusion.model.fused import compute_dtype, exactly, multiplies, regroup, swiglu
+from isofusion.model.fused import by_onednn, compute_dtype, exactly, multiplies, regroup, swiglu
 from isofusion.model.layers import unset
 from isofusion.model.memory import ROUND
 
@@ -82,12 +82,12 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_GD: Tensor, weight_EDF: Tensor, sizes: list[int]) -> Tensor:
-        ctx.sizes = sizes
+    def forward(ctx: Any, x_GD: Tensor, weight_EDF: Tensor, edges: Tensor) -> Tensor:
+        ctx.edges = edges
         if x_GD.dtype == torch.bfloat16 and multiplies(x_GD, weight_EDF):
             ctx.save_for_backward(x_GD, weight_EDF)
-            return native.grouped(x_GD, weight_EDF, _edges(sizes))
-        weight = weight_EDF.to(x_GD.dtype)
+            return native.grouped(x_GD, weight_EDF, edges)
+        weight, sizes = weight_EDF.to(x_GD.dtype), edges.diff().tolist()
         out_GF = x_GD.new_empty(x_GD.shape[0], weight.shape[2])
         for rows, w, out in zip(x_GD.split(sizes), weight.unbind(), out_GF.split(sizes), strict=True):
             torch.mm(rows, w, out=out)
@@ -99,11 +99,11 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad_GF: Tensor) -> tuple[Tensor | None, ...]:
         x_GD, weight = ctx.saved_tensors
         if x_GD.dtype == torch.bfloat16 and multiplies(x_GD, weight):
-            return *native.grouped_backward(grad_GF, x_GD, weight, _edges(ctx.sizes)), None
-        grad_x = torch.empty_like(x_GD)
+            return *native.grouped_backward(grad_GF, x_GD, weight, ctx.edges), None
+        grad_x, sizes = torch.empty_like(x_GD), ctx.edges.diff().tolist()
         grad_weight = torch.empty(weight.shape)
         low = None if weight.dtype == torch.float32 else torch.empty(weight.shape[1:], dtype=weight.dtype)
-        groups = zip(x_GD.split(ctx.sizes), grad_GF.split(ctx.sizes), grad_x.split(ctx.sizes), strict=True)
+        groups = zip(x_GD.split(sizes), grad_GF.split(sizes), grad_x.split(sizes), strict=True)
         for (x, grad, to), w, to_weight in zip(groups, weight.unbind(), grad_weight.unbind(), strict=True):
             torch.mm(grad, w.T, out=to)
             if low is None:
@@ -113,13 +113,16 @@ class _Grouped(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def _by_onednn(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's products go through oneDNN, which compiles a kernel for every new shape (see `ROUND`)."""
-    return dtype == torch.bfloat16 or torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+def _filled(counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of each expert with their filler (none for the few of a small one), and by how much its first row moves."""
+    size_E = ((counts_E + ROUND - 1) // ROUND * ROUND).where(counts_E > ROUND, counts_E)
+    return size_E, (size_E - counts_E).cumsum(0) - (size_E - counts_E)
 
 
-def _edges(sizes: list[int]) -> Tensor:
-    return torch.tensor([0, *sizes]).cumsum(0)
+def _spread(x_G: Tensor, counts_E: Tensor, size_E: Tensor, shift_E: Tensor) -> Tensor:
+    """Values of the rows without filler -> with filler, which holds 0."""
+    place_G = torch.arange(x_G.shape[0]) + shift_E.repeat_interleave(counts_E)
+    return x_G.new_zeros(int(size_E.sum())).index_copy(0, place_G, x_G)
 
 
 class _Route(torch.autograd.Function):
@@ -206,11 +209,30 @@ class Experts(nn.Module):
             gate_TK, expert_TK = prob_TE.max(dim=-1, keepdim=True)
         else:
             gate_TK, expert_TK = prob_TE.topk(self.top_k, dim=-1)
-        counts_ME = self._count(expert_TK, slots)
-        fixed = slots.n_real is None or torch.compiler.is_compiling()  # what is compiled has fixed shapes
-        serve = self._serve_all if fixed else self._serve_real
-        out_TD = serve(x_TD, gate_TK, expert_TK, counts_ME.sum(0), slots)
+        if slots.n_real is None or torch.compiler.is_compiling():  # what is compiled has fixed shapes
+            counts_ME = self._count(expert_TK, slots)
+            out_TD = self._serve_all(x_TD, gate_TK, expert_TK, counts_ME.sum(0), slots)
+        elif native.serves(x_TD):
+            counts_ME, out_TD = self._serve_native(x_TD, gate_TK, expert_TK, slots)
+        else:
+            counts_ME = self._count(expert_TK, slots)
+            out_TD = self._serve_real(x_TD, gate_TK, expert_TK, counts_ME.sum(0), slots)
         return ExpertsOutput(out_TD, counts_ME, self._group_sums(prob_TE, slots))
+
+    def _serve_native(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, slots: SlotPlan) -> tuple[Tensor, Tensor]:
+        """`_serve_real` with the kernels of native.py; also counts."""
+        counts_ME, edges, order_G, place_TK = native.sort_choices(
+            expert_TK, slots.real_T, slots.modality_T, self.n_experts
+        )
+        x_TD, counts_E = x_TD.to(compute_dtype(x_TD.device)), counts_ME.sum(0)
+        if self._fills_up(x_TD):
+            size_E, shift_E = _filled(counts_E)
+            place_TK = (place_TK + shift_E[expert_TK]).masked_fill(~slots.real_T[:, None], -1)
+            order_G = _spread(order_G, counts_E, size_E, shift_E)
+            edges = F.pad(size_E.cumsum(0), (1, 0))
+        row_G = order_G if self.top_k == 1 else order_G // self.top_k
+        rows_GD = _Dispatch.apply(x_TD, row_G, place_TK)
+        return counts_ME, _Combine.apply(self._feed(rows_GD, edges), gate_TK, place_TK)
 
     def _serve_real(
         self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, counts_E: Tensor, slots: SlotPlan
@@ -219,29 +241,23 @@ class Experts(nn.Module):
         assert slots.n_real is not None
         key_G = expert_TK.masked_fill(~slots.real_T[:, None], self.n_experts).flatten()
         order_G = key_G.argsort(stable=True)[: slots.n_real * self.top_k]
-        dtype, place_G = compute_dtype(x_TD.device), torch.arange(order_G.shape[0])
-        real_G = order_G
-        if _by_onednn(dtype) and not (dtype == torch.bfloat16 and multiplies(x_TD, self.gate_up)):
-            # filler after the rows of an expert is choice 0 once more, with a weight of 0
-            size_E = ((counts_E + ROUND - 1) // ROUND * ROUND).where(counts_E > ROUND, counts_E)
-            shift_E = (size_E - counts_E).cumsum(0) - (size_E - counts_E)
-            place_G = place_G + shift_E.repeat_interleave(counts_E)
-            order_G = order_G.new_zeros(int(size_E.sum())).index_copy(0, place_G, order_G)
+        gate_G, x_TD = gate_TK.flatten().index_select(0, order_G), x_TD.to(compute_dtype(x_TD.device))
+        if self._fills_up(x_TD):  # filler is choice 0 once more, with a weight of 0
+            size_E, shift_E = _filled(counts_E)
+            order_G, gate_G = (_spread(x, counts_E, size_E, shift_E) for x in (order_G, gate_G))
             counts_E = size_E
         row_G = order_G if self.top_k == 1 else order_G // self.top_k
-        sizes = counts_E.tolist()
-        x_TD = x_TD.to(dtype)
-        if native.serves(x_TD):
-            place_TK = real_G.new_full((gate_TK.numel(),), -1).index_copy(0, real_G, place_G).view(gate_TK.shape)
-            return _Combine.apply(self._feed(_Dispatch.apply(x_TD, row_G, place_TK), sizes), gate_TK, place_TK)
-        served_GD = self._feed(x_TD.index_select(0, row_G), sizes)
-        gate_G = gate_TK.new_zeros(order_G.shape[0]).index_copy(0, place_G, gate_TK.flatten().index_select(0, real_G))
+        served_GD = self._feed(x_TD.index_select(0, row_G), F.pad(counts_E.cumsum(0), (1, 0)))
         weighted_GD = served_GD * gate_G[:, None]
         return torch.zeros(x_TD.shape, dtype=weighted_GD.dtype, device=x_TD.device).index_add(0, row_G, weighted_GD)
 
-    def _feed(self, rows_GD: Tensor, sizes: list[int]) -> Tensor:
-        """Rows sorted by expert through their experts."""
-        return _Grouped.apply(swiglu(_Grouped.apply(rows_GD, self.gate_up, sizes)), self.down, sizes)
+    def _fills_up(self, x_TD: Tensor) -> bool:
+        """Whether the rows of an expert are filled up to sixteens: its products are oneDNN's."""
+        return by_onednn(x_TD.dtype) and not (x_TD.dtype == torch.bfloat16 and multiplies(x_TD, self.gate_up))
+
+    def _feed(self, rows_GD: Tensor, edges: Tensor) -> Tensor:
+        """Rows sorted by expert, those of expert e from edges[e] to edges[e + 1], through their experts."""
+        return _Grouped.apply(swiglu(_Grouped.apply(rows_GD, self.gate_up, edges)), self.down, edges)
 
     def _serve_all(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, counts_E: Tensor, slots: SlotPlan) -> Tensor:
         """The same with fixed shapes, no atomics and no question to the device: G = T * K, permuted there and back.

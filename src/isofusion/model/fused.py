@@ -35,6 +35,11 @@ def exactly(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def by_onednn(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products go through oneDNN, which compiles a kernel for every new shape (`memory.ROUND`)."""
+    return dtype == torch.bfloat16 or torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:

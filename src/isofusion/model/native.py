@@ -139,6 +139,7 @@ def load(folder: Path) -> ctypes.CDLL:
         for suffix in ("bf16",) if name in BF16_ONLY else SUFFIX.values():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
+    library.sort_choices_i64.argtypes, library.sort_choices_i64.restype = (_P,) * 7 + (_L,) * 3, None
     library.sum_of_squares.argtypes, library.sum_of_squares.restype = (_P, _L, _I), ctypes.c_double
     return library
 
@@ -382,6 +383,24 @@ def route_backward(grad_TE: Tensor, x_TD: Tensor, router_ED: Tensor, share_TE: T
     inputs = (grad_TE.contiguous(), x_TD, router_ED.contiguous(), share_TE)
     _call("route_backward", x_TD.dtype, *inputs, *out, *x_TD.shape, router_ED.shape[0])
     return out
+
+
+def sort_choices(
+    expert_TK: Tensor, real_T: Tensor, modality_T: Tensor, experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choices of real slots, sorted by expert and then by slot; all i64 but bool `real_T`.
+
+    -> counts [2, E] by modality, edges [E+1] of the experts' rows, the choice (slot * K + k) of each row, and the row
+    of each choice [T, K], -1 for those of padding.
+    """
+    slots, choices = expert_TK.shape
+    counts, edges = torch.empty(2, experts, dtype=torch.int64), torch.empty(experts + 1, dtype=torch.int64)
+    order, place = torch.empty(slots * choices, dtype=torch.int64), torch.empty_like(expert_TK)
+    tensors = (expert_TK.contiguous(), real_T, modality_T, counts, edges, order, place)
+    library = _found()[0]
+    assert library is not None
+    library.sort_choices_i64(*(x.data_ptr() for x in tensors), slots, choices, experts)
+    return counts, edges, order[: int(edges[-1])], place
 
 
 def combine(rows_GD: Tensor, gate_TK: Tensor, place_TK: Tensor) -> Tensor:

@@ -61,6 +61,26 @@ void route_backward(const float* grad, const Q* x, const float* router, const fl
         for (long i = 0; i < E * D; i++) to_router[i] += sums[size_t(p) * E * D + i];
 }
 
+// Choices [T, C] of real slots, sorted by expert and then by slot: `order` says which choice each row is, `place` which row
+// each choice got (-1: its slot is padding), `edges` where the rows of each expert begin; counts [2, E] by modality.
+void sort_choices(const int64_t* expert, const bool* real, const int64_t* modality, int64_t* counts, int64_t* edges,
+                  int64_t* order, int64_t* place, long T, long C, long E) {
+    std::fill(counts, counts + 2 * E, 0);
+    for (long t = 0; t < T; t++)
+        for (long c = 0; real[t] && c < C; c++) counts[modality[t] * E + expert[t * C + c]]++;
+    std::vector<int64_t> next(E);
+    edges[0] = 0;
+    for (long e = 0; e < E; e++) {
+        next[e] = edges[e];
+        edges[e + 1] = edges[e] + counts[e] + counts[E + e];
+    }
+    for (long t = 0; t < T; t++)
+        for (long i = t * C; i < (t + 1) * C; i++) {
+            place[i] = real[t] ? next[expert[i]]++ : -1;
+            if (real[t]) order[place[i]] = i;
+        }
+}
+
 // Each slot's C choices among the rows of experts are at place[t][c], or nowhere (-1); a row is one slot's.
 // out[t] = sum over its choices of gate * row.
 template <class Q>

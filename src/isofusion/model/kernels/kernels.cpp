@@ -79,6 +79,10 @@ void product_of_rows_bf16(const bf16* x, const bf16* y, const int64_t* edges, fl
     product_of_rows(x, y, edges, out, E, D, F, threads);
 }
 #endif
+void sort_choices_i64(const int64_t* expert, const bool* real, const int64_t* modality, int64_t* counts, int64_t* edges,
+                      int64_t* order, int64_t* place, long T, long C, long E) {
+    sort_choices(expert, real, modality, counts, edges, order, place, T, C, E);
+}
 double sum_of_squares(const float* x, long n, int threads) { return squares(x, n, threads); }
 void head_loss_bf16(bf16* logits, const int64_t* targets, float* nll, long n, long V, int threads) {
     head_loss(logits, targets, nll, n, V, threads);
