@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from isofusion.data.batch import PackedBatch
+from isofusion.model import experts as experts_module
+from isofusion.model import native
 from isofusion.model.decoder import Decoder
 from isofusion.model.experts import Experts, SlotPlan
 from isofusion.model.init import init_weights
@@ -182,3 +184,36 @@ def test_modality_routed_sends_each_modality_to_its_expert_with_gate_one(
     counts = experts(x, slots).counts_ME
     assert counts[0, 1] == counts[1, 0] == 0
     assert counts[1, 1] == (batch.modality == 1).sum()
+
+
+@pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("low", [False, True])
+def test_kernels_change_nothing_but_the_rounding(
+    low: bool, filled: bool, top_k: int, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 and bf16, with rows that are filled up to sixteens and without; a fifth of the slots is padding."""
+    monkeypatch.setattr(experts_module, "by_onednn", lambda dtype: filled)
+    make = torch.Generator().manual_seed(5)
+    real = torch.rand(300, generator=make) < 0.8
+    slots = SlotPlan(torch.randint(2, (300,), generator=make), real, int(real.sum()))
+    x = torch.randn(300, 16, generator=make)
+    results, counts = [], []
+    for kernels in (False, True):
+        monkeypatch.setattr(native, "available", lambda on=kernels: on)
+        experts, leaf = (
+            layer(make_config("moe", top_k=top_k)),
+            x.to(torch.bfloat16 if low else x.dtype).requires_grad_(),
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            routed = experts(leaf, slots)
+        (routed.out_TD * x).sum().backward()
+        gradients = [leaf.grad, *(p.grad for p in experts.parameters())]
+        results.append([routed.out_TD.detach(), routed.probability_GE.detach(), *gradients])
+        assert not routed.out_TD[~real].any()
+        counts.append(routed.counts_ME)
+    assert torch.equal(*counts)
+    for one, other in zip(*results, strict=True):
+        limit = (0.02 if low else 1e-5) * float(one.float().abs().max())
+        assert (one.float() - other.float()).abs().max() <= limit
