@@ -12,6 +12,7 @@ import pytest
 
 from isofusion.config import ModelConfig
 from isofusion.data.batch import IGNORE, PackedBatch
+from isofusion.model import native
 
 VOCAB, PATCH = 24, 2
 IMAGE_ID, PAD_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
@@ -119,3 +120,18 @@ def config(kind: str = "early", **changes: object) -> ModelConfig:
 @pytest.fixture
 def make_config() -> Callable[..., ModelConfig]:
     return config
+
+
+@pytest.fixture(
+    params=[
+        "torch",
+        pytest.param(
+            "native",
+            marks=pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}"),
+        ),
+    ]
+)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs with PyTorch's operations, then with the kernels in C++."""
+    monkeypatch.setattr(native, "available", lambda: request.param == "native")
+    return request.param

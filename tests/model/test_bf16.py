@@ -18,14 +18,6 @@ from isofusion.model.decoder import Decoder
 from isofusion.model.head_loss import head_loss
 from isofusion.model.init import init_weights
 
-needs_native = pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
-
-
-@pytest.fixture(params=["torch", pytest.param("native", marks=needs_native)])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(native, "available", lambda: request.param == "native")
-    return request.param
-
 
 @pytest.mark.usefixtures("kernels")
 def test_the_loss_of_the_head_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isofusion.model import native
 from isofusion.model.attention import rope_phase
 from isofusion.model.fused import _rotate, heads_of, regroup, rms_norm, swiglu
 
@@ -27,15 +26,6 @@ def same(one: Callable[..., Tensor], other: Callable[..., Tensor], *inputs: Tens
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-needs_native = pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
-
-
-@pytest.fixture(params=["torch", pytest.param("native", marks=needs_native)])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(native, "available", lambda: request.param == "native")
-    return request.param
 
 
 @pytest.mark.usefixtures("kernels")
