@@ -13,8 +13,8 @@ namespace {
 
 // Matrix products of bf16 rows with float32 weights (rounded to bf16 on the way), float32 sums. Rows come in groups: those
 // of group e, [edges[e], edges[e + 1]), meet weight e; a plain linear layer has one group. A library multiplies large
-// matrices as fast, but wants the weights rounded beforehand and 30 us a call, which at the widths of the miniature, or
-// with the few rows of an expert, is most of the time.
+// matrices as fast, but wants the weights rounded beforehand and some 15 us more a call, which at the widths of the
+// miniature, or with the few rows of an expert, is most of the time.
 //
 // Two bf16 numbers that stand behind each other in the summed dimension are a pair, one uint32: dpbf16 multiplies sixteen
 // pairs and adds up both products. 64 columns of the right factor are packed as pairs, then met by all rows.
