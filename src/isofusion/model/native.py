@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from isofusion.data import cache
 from isofusion.errors import InputError, RunFailure
@@ -128,25 +128,25 @@ def _processor() -> str:
 
 
 def load(folder: Path) -> ctypes.CDLL:
-    """The library, built where needed. Raises Unavailable."""
+    """The kernels, built where needed. Raises Unavailable."""
     try:
-        library = ctypes.CDLL(str(build(folder)))
+        kernels = ctypes.CDLL(str(build(folder)))
     except OSError as error:
         raise Unavailable(f"{folder}: {error}") from None
     for name, arguments in SIGNATURES.items():
-        if name in PRODUCTS and not hasattr(library, "has_products"):
+        if name in PRODUCTS and not hasattr(kernels, "has_products"):
             continue
         for suffix in ("bf16",) if name in BF16_ONLY else SUFFIX.values():
-            function = getattr(library, f"{name}_{suffix}")
+            function = getattr(kernels, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
-    library.sort_choices_i64.argtypes, library.sort_choices_i64.restype = (_P,) * 7 + (_L,) * 3, None
-    library.sum_of_squares.argtypes, library.sum_of_squares.restype = (_P, _L, _I), ctypes.c_double
-    return library
+    kernels.sort_choices_i64.argtypes, kernels.sort_choices_i64.restype = (_P,) * 7 + (_L,) * 3, None
+    kernels.sum_of_squares.argtypes, kernels.sum_of_squares.restype = (_P, _L, _I), ctypes.c_double
+    return kernels
 
 
 @lru_cache(maxsize=1)
 def _found() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why not."""
+    """The kernels, or None and why not."""
     asked = os.environ.get("ISOFUSION_KERNELS") or "auto"
     if asked not in CHOICES:
         raise InputError(f"ISOFUSION_KERNELS={asked}: must be one of {', '.join(CHOICES)}")
@@ -162,8 +162,8 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
 
 def describe() -> str:
     """For env.json: "native", or "torch" and why."""
-    library, why = _found()
-    return "native" if library is not None else f"torch ({why})"
+    kernels, why = _found()
+    return "native" if kernels is not None else f"torch ({why})"
 
 
 @torch.compiler.assume_constant_result
@@ -191,7 +191,7 @@ def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     getattr(_found()[0], f"{name}_{SUFFIX[dtype]}")(*values, torch.get_num_threads())
 
 
-_LIBRARY = torch.library.Library("isofusion", "DEF")
+_OPERATORS = library.Library("isofusion", "DEF")
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -201,9 +201,9 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
-        _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, function, "CPU")
-        torch.library.register_fake(f"isofusion::{name}", fake, lib=_LIBRARY)
+        _OPERATORS.define(name + schema)
+        _OPERATORS.impl(name, function, "CPU")
+        library.register_fake(f"isofusion::{name}", fake, lib=_OPERATORS)
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
@@ -397,9 +397,9 @@ def sort_choices(
     counts, edges = torch.empty(2, experts, dtype=torch.int64), torch.empty(experts + 1, dtype=torch.int64)
     order, place = torch.empty(slots * choices, dtype=torch.int64), torch.empty_like(expert_TK)
     tensors = (expert_TK.contiguous(), real_T, modality_T, counts, edges, order, place)
-    library = _found()[0]
-    assert library is not None
-    library.sort_choices_i64(*(x.data_ptr() for x in tensors), slots, choices, experts)
+    kernels = _found()[0]
+    assert kernels is not None
+    kernels.sort_choices_i64(*(x.data_ptr() for x in tensors), slots, choices, experts)
     return counts, edges, order[: int(edges[-1])], place
 
 
@@ -430,9 +430,9 @@ def collect(rows_GD: Tensor, place_TK: Tensor) -> Tensor:
 
 def norm(tensors: Sequence[Tensor]) -> float:
     """Square root of the sum of squares of float32 tensors: float32 in pieces of 65,536, these added in float64."""
-    total, library, threads = 0.0, _found()[0], torch.get_num_threads()
-    assert library is not None
+    total, kernels, threads = 0.0, _found()[0], torch.get_num_threads()
+    assert kernels is not None
     for x in tensors:
         x = x.contiguous()
-        total += library.sum_of_squares(x.data_ptr(), x.numel(), threads)
+        total += kernels.sum_of_squares(x.data_ptr(), x.numel(), threads)
     return math.sqrt(total)

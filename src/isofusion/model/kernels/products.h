@@ -107,8 +107,9 @@ struct Work {
     Piece share(long task, long rows) const { return piece(rows, int(parts), int(task % parts)); }
 };
 
-// x [G, D] times weight [E, D, F] -> out [G, F]. D is even.
-void product(const bf16* x, const float* weight, const int64_t* edges, bf16* out, long E, long D, long F, int threads) {
+// x [G, D] times a right factor [D, F] of its group -> out [G, F]; pack(e, from, columns, panel) packs columns of it.
+template <class Pack>
+void rows_times(const bf16* x, const int64_t* edges, bf16* out, long E, long D, long F, int threads, Pack pack) {
     const Work work(E, F, edges[E] - edges[0], threads);
 #pragma omp parallel num_threads(useful((edges[E] - edges[0]) * F, threads))
     {
@@ -120,12 +121,7 @@ void product(const bf16* x, const float* weight, const int64_t* edges, bf16* out
             const long e = work.group(task), from = work.column(task), columns = std::min(PANEL, F - from);
             const Piece rows = work.share(task, edges[e + 1] - edges[e]);
             if (rows.from == rows.to) continue;
-            const float* w = weight + e * D * F + from;
-            for (long p = 0; p < D / 2; p++) {
-                const float *first = w + 2 * p * F, *second = first + F;
-                for (long j = 0; j < columns; j++) panel[p * PANEL + j] = pair(first[j], second[j]);
-                for (long j = columns; j < PANEL; j++) panel[p * PANEL + j] = 0;
-            }
+            pack(e, from, columns, panel);
             const long top = edges[e] + rows.from;
             const uint32_t* a = reinterpret_cast<const uint32_t*>(x + top * D);
             BY_VECTORS(by_rows, columns, a, panel, D / 2, out + top * F + from, F, columns, rows.to - rows.from)
@@ -133,35 +129,33 @@ void product(const bf16* x, const float* weight, const int64_t* edges, bf16* out
     }
 }
 
+// x [G, D] times weight [E, D, F] -> out [G, F]. D is even.
+void product(const bf16* x, const float* weight, const int64_t* edges, bf16* out, long E, long D, long F, int threads) {
+    rows_times(x, edges, out, E, D, F, threads, [=](long e, long from, long columns, uint32_t* panel) {
+        const float* w = weight + e * D * F + from;
+        for (long p = 0; p < D / 2; p++) {
+            const float *first = w + 2 * p * F, *second = first + F;
+            for (long j = 0; j < columns; j++) panel[p * PANEL + j] = pair(first[j], second[j]);
+            for (long j = columns; j < PANEL; j++) panel[p * PANEL + j] = 0;
+        }
+    });
+}
+
 // x [G, F] times the transpose of weight [E, D, F] -> out [G, D]. F is even.
 void product_transposed(const bf16* x, const float* weight, const int64_t* edges, bf16* out, long E, long D, long F,
                         int threads) {
-    const Work work(E, D, edges[E] - edges[0], threads);
-#pragma omp parallel num_threads(useful((edges[E] - edges[0]) * D, threads))
-    {
-        Numbers space;
-        space.resize(F / 2 * PANEL);
-        uint32_t* panel = reinterpret_cast<uint32_t*>(space.data());
-#pragma omp for schedule(dynamic, 1)
-        for (long task = 0; task < work.tasks; task++) {
-            const long e = work.group(task), from = work.column(task), columns = std::min(PANEL, D - from);
-            const Piece rows = work.share(task, edges[e + 1] - edges[e]);
-            if (rows.from == rows.to) continue;
-            const float* w = weight + (e * D + from) * F;
-            for (long p = 0; p < F / 2; p += LANES) {  // sixteen pairs of every column at a time, then turned over
-                const long count = std::min(LANES, F / 2 - p);
-                uint32_t some[PANEL * LANES] = {};
-                for (long j = 0; j < columns; j++)
-                    for (long q = 0; q < count; q++)
-                        some[j * LANES + q] = pair(w[j * F + 2 * (p + q)], w[j * F + 2 * (p + q) + 1]);
+    rows_times(x, edges, out, E, F, D, threads, [=](long e, long from, long columns, uint32_t* panel) {
+        const float* w = weight + (e * D + from) * F;
+        for (long p = 0; p < F / 2; p += LANES) {  // sixteen pairs of every column at a time, then turned over
+            const long count = std::min(LANES, F / 2 - p);
+            uint32_t some[PANEL * LANES] = {};
+            for (long j = 0; j < columns; j++)
                 for (long q = 0; q < count; q++)
-                    for (long j = 0; j < PANEL; j++) panel[(p + q) * PANEL + j] = some[j * LANES + q];
-            }
-            const long top = edges[e] + rows.from;
-            const uint32_t* a = reinterpret_cast<const uint32_t*>(x + top * F);
-            BY_VECTORS(by_rows, columns, a, panel, F / 2, out + top * D + from, D, columns, rows.to - rows.from)
+                    some[j * LANES + q] = pair(w[j * F + 2 * (p + q)], w[j * F + 2 * (p + q) + 1]);
+            for (long q = 0; q < count; q++)
+                for (long j = 0; j < PANEL; j++) panel[(p + q) * PANEL + j] = some[j * LANES + q];
         }
-    }
+    });
 }
 
 // The transpose of x [G, D] times y [G, F], group by group -> out [E, D, F], float32; `turned`: [E, F, D].
