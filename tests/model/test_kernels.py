@@ -358,6 +358,24 @@ def test_the_gain_of_a_norm_is_summed_over_all_slots(slots: int) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("numbers", [1, 7, 40_001])  # the last is shared by threads
+def test_adamw_takes_the_steps_of_pytorchs_in_float64(numbers: int) -> None:
+    weight, moments = noise(numbers), torch.zeros(2, numbers)
+    exact = torch.nn.Parameter(weight.double())
+    settings: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
+    optimizer, scale = torch.optim.AdamW([exact], **settings), 0.37
+    for step in range(1, 9):
+        grad = noise(numbers, seed=step) * 10.0**-step
+        exact.grad = grad.double() * scale
+        optimizer.step()
+        native.adamw_(weight, grad, *moments, step=step, scale=scale, **settings)
+        state = optimizer.state[exact]
+        pairs = zip((weight, *moments), (exact.detach(), state["exp_avg"], state["exp_avg_sq"]), strict=True)
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=1e-6 * float(theirs.abs().max()))
+
+
+@needs_native
 @pytest.mark.filterwarnings("ignore")  # of the checker, about itself
 def test_the_operators_are_what_torch_compile_believes() -> None:
     plan = plan_of([5, 9], {}, 8)

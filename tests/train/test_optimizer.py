@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
 from isofusion.config import ModelConfig, TrainConfig  # noqa: E402
+from isofusion.model import native  # noqa: E402
 from isofusion.train.optimizer import (  # noqa: E402
     GroupRules,
     build_optimizer,
@@ -100,3 +101,25 @@ def test_state_round_trip_continues_to_the_same_bits() -> None:
     update(second, two, 2)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
+def test_a_run_may_change_between_the_kernels_and_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is the same state: steps by one, then by the other, are the steps of either, to rounding."""
+    ends = []
+    for by_kernels in ((False,) * 6, (True,) * 6, (True, True, False, False, True, False)):
+        model = Tiny().float()
+        optimizer = build_optimizer(model, CFG, TrainConfig(lr=0.01, weight_decay=0.1), RULES)
+        for seed, kernels in enumerate(by_kernels):
+            monkeypatch.setattr(native, "available", lambda kernels=kernels: kernels)
+            set_lr_factor(optimizer, 1 - seed / 8)
+            optimizer.grad_scale = torch.tensor(1.0 + seed)
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        ends.append({**optimizer_tensors(optimizer), **dict(model.named_parameters())})
+    for other in ends[1:]:
+        assert other.keys() == ends[0].keys()
+        for name, value in ends[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-7, msg=name)

@@ -16,12 +16,13 @@ from isofusion.data.batch import PackedBatch  # noqa: E402
 from isofusion.data.stream import Stream  # noqa: E402
 from isofusion.model.decoder import Decoder  # noqa: E402
 from isofusion.model.init import init_weights  # noqa: E402
-from isofusion.train.optimizer import build_optimizer  # noqa: E402
+from isofusion.train.optimizer import AdamW, build_optimizer  # noqa: E402
 from isofusion.train.step import (  # noqa: E402
     StepResult,
     choose_precision,
-    clip_gradients,
+    clip_and_step,
     step_on_device,
+    total_norm,
     train_step,
 )
 
@@ -70,13 +71,20 @@ def test_balance_loss_is_added_with_its_weight() -> None:
     assert model.w.tolist() == [0.5, 0.5]
 
 
-def test_clip_scales_to_the_norm_and_returns_the_unclipped_one() -> None:
-    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
-    assert clip_gradients([a, b], 1.0) == pytest.approx(5.0)
-    assert [a.grad.item(), b.grad.item()] == pytest.approx([0.6, 0.8], rel=1e-5)
-    assert clip_gradients([a, b], 10.0) == pytest.approx(1.0, rel=1e-5)
-    assert [a.grad.item(), b.grad.item()] == pytest.approx([0.6, 0.8], rel=1e-5)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, AdamW])
+def test_clip_scales_to_the_norm_of_all_gradients(kind: Any) -> None:
+    """SGD's update is the gradient; AdamW's first moment is a tenth of it."""
+    for clip, wanted in ((1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])):
+        parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        for parameter, value in zip(parameters, (3.0, 4.0), strict=True):
+            parameter.grad = torch.tensor([value])
+        optimizer = kind([{"params": parameters}], lr=1.0)
+        norm = total_norm(optimizer)
+        assert float(norm) == pytest.approx(5.0)
+        clip_and_step(optimizer, clip, norm)
+        seen = [10 * optimizer.state[p]["exp_avg"] for p in parameters] if kind is AdamW else [-p for p in parameters]
+        assert [x.item() for x in seen] == pytest.approx(wanted, rel=1e-5)
+        assert getattr(optimizer, "grad_scale", None) is None  # a later plain step must not be scaled
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -243,12 +251,12 @@ def test_the_gpu_path_takes_the_same_steps_and_refuses_bad_ones_for_good(rows: P
             optimizer.zero_grad()
             nll, _ = model.token_losses(batch)
             nll.mean().backward()
-            parameters = list(model.parameters())
             if on_device:
                 norms.append(float(step_on_device(optimizer, 1e-3, nll.detach().sum())))
             else:
-                norms.append(clip_gradients(parameters, 1e-3))
-                optimizer.step()
+                norm = total_norm(optimizer)
+                norms.append(float(norm))
+                clip_and_step(optimizer, 1e-3, norm)
         ends.append([p.detach().clone() for p in model.parameters()])
     assert norms[3:] == pytest.approx(norms[:3], rel=1e-4)
     start, _ = built(cfg)

@@ -54,12 +54,14 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "combine_backward": (_P, _P, _P, _P, _P, _P, _L, _L, _L, _I),
     "collect": (_P, _P, _P, _L, _L, _L, _I),
     "head_loss": (_P, _P, _P, _L, _L, _I),
+    "adamw": (_P, _P, _P, _P, _L, _F, _F, _F, _F, _F, _F, _F, _I),
     **dict.fromkeys(("product", "product_transposed", "product_of_rows"), (_P, _P, _P, _P, _L, _L, _L, _I)),
 }
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 PRODUCTS = ("product", "product_transposed", "product_of_rows")
 """On processors with avx512_bf16 alone."""
 BF16_ONLY = ("head_loss", *PRODUCTS)
+F32_ONLY = ("adamw",)
 
 
 class Unavailable(Exception):
@@ -136,7 +138,7 @@ def load(folder: Path) -> ctypes.CDLL:
     for name, arguments in SIGNATURES.items():
         if name in PRODUCTS and not hasattr(kernels, "has_products"):
             continue
-        for suffix in ("bf16",) if name in BF16_ONLY else SUFFIX.values():
+        for suffix in ("bf16",) if name in BF16_ONLY else ("f32",) if name in F32_ONLY else SUFFIX.values():
             function = getattr(kernels, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
     kernels.sort_choices_i64.argtypes, kernels.sort_choices_i64.restype = (_P,) * 7 + (_L,) * 3, None
@@ -436,3 +438,22 @@ def norm(tensors: Sequence[Tensor]) -> float:
         x = x.contiguous()
         total += kernels.sum_of_squares(x.data_ptr(), x.numel(), threads)
     return math.sqrt(total)
+
+
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    scale: float = 1.0,
+) -> None:
+    """Update number `step` (from 1) of AdamW, in place, with `scale` times the gradient. All float32 and contiguous."""
+    beta1, beta2 = betas
+    constants = (scale, 1 - lr * weight_decay, beta1, beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps)
+    _call("adamw", weight.dtype, weight, grad.contiguous(), mean, square, weight.numel(), *constants)

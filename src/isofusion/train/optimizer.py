@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isofusion.config import ModelConfig, TrainConfig
+from isofusion.model import native
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,48 @@ def param_groups(
     ]
 
 
-def build_optimizer(
-    model: nn.Module, cfg: ModelConfig, train: TrainConfig, rules: GroupRules | None = None
-) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, state and all; by the kernels of native.py where all its tensors are plain ones on the CPU.
+
+    `grad_scale` is torch's: gradients are divided by it on the way, which clips them without a pass over memory.
+    """
+
+    grad_scale: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(groups, fused=True, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        members = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        refusing = getattr(self, "found_inf", None) is not None
+        if closure is not None or refusing or not all(_native(p, grad) for p, grad, _ in members):
+            return super().step(closure)
+        scale = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        for parameter, grad, group in members:
+            state = self.state[parameter]
+            if not state:
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                state.update(step=torch.zeros(()), **moments)
+            state["step"] += 1
+            native.adamw_(
+                *(parameter, grad, state["exp_avg"], state["exp_avg_sq"]),
+                step=int(state["step"]),
+                scale=scale,
+                **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
+            )
+        return None
+
+
+def _native(parameter: nn.Parameter, grad: Tensor) -> bool:
+    floats = parameter.dtype == grad.dtype == torch.float32
+    return floats and parameter.is_contiguous() and native.serves(parameter, grad)
+
+
+def build_optimizer(model: nn.Module, cfg: ModelConfig, train: TrainConfig, rules: GroupRules | None = None) -> AdamW:
     """Fused AdamW (3 to 6 times faster than foreach on CPU at these sizes) over `param_groups`."""
     groups = param_groups(model, cfg, train.lr, train.weight_decay, train.encoder_lr_scale, rules)
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    return AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
 
 
 def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:

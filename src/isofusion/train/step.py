@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from isofusion.data.batch import PackedBatch
 from isofusion.data.sample import DOMAINS
 from isofusion.model import native
+from isofusion.train.optimizer import AdamW
 
 Across = Callable[[Tensor], Tensor]
 
@@ -116,11 +117,12 @@ def target_count(batch: PackedBatch) -> int:
     return sum(facts.targets) if facts is not None else int((batch.targets >= 0).sum())
 
 
-def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+def total_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """Global gradient norm, fp32 scalar on the gradients' device."""
+    parameters = _parameters(optimizer)
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
-        return torch.zeros((), device=parameters[0].device if parameters else None)
+        return torch.zeros((), device=parameters[0].device)
     if all(type(g) is Tensor and g.dtype == torch.float32 for g in grads) and native.serves(*grads):
         return torch.tensor(native.norm(grads))  # PyTorch's is twice as slow there, and off by 1e-5 from a million on
     norm = torch.nn.utils.get_total_norm(grads, foreach=not grads[0].is_meta)
@@ -128,16 +130,24 @@ def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     return whole
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Global gradient norm before clipping; scales the gradients in place where it is finite and above `max_norm`."""
-    with_grad = [p for p in parameters if p.grad is not None]
-    if not with_grad:
-        return 0.0
-    norm = total_norm(with_grad)
-    value = float(norm)
-    if math.isfinite(value) and value > max_norm:
-        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm, foreach=True)
-    return value
+def clip_and_step(optimizer: torch.optim.Optimizer, clip: float, norm: Tensor) -> None:
+    """Update with gradients scaled down to a global norm of `clip`; `norm`: what it is, finite, on their device."""
+    if isinstance(optimizer, AdamW) and not _sharded(optimizer):
+        optimizer.grad_scale = (norm.float() / clip).clamp(min=1.0)
+        optimizer.step()
+        optimizer.grad_scale = None
+        return
+    if float(norm) > clip:  # the fused kernel takes no plain scale beside sharded tensors
+        torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip, norm, foreach=True)
+    optimizer.step()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _sharded(optimizer: torch.optim.Optimizer) -> bool:
+    return any(hasattr(p, "full_tensor") for p in _parameters(optimizer))
 
 
 def step_on_device(optimizer: torch.optim.Optimizer, clip: float, checked: Tensor) -> Tensor:
@@ -147,8 +157,7 @@ def step_on_device(optimizer: torch.optim.Optimizer, clip: float, checked: Tenso
     caller learns of it late, and by then nothing may have moved. `optimizer.found_inf` keeps that, as float32 0 or 1.
     """
     fused: Any = optimizer
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = total_norm(parameters)
+    norm = total_norm(optimizer)
     bad = ~(torch.isfinite(norm) & torch.isfinite(checked).all())
     before = getattr(fused, "found_inf", None)
     fused.found_inf = bad.float() if before is None else torch.maximum(before, bad.float())
@@ -199,15 +208,11 @@ def train_step(
     numbers = torch.cat((torch.stack((_sum(losses), _sum(balances))).double(), _sum(sums)))
     if across is not None:
         numbers = across(numbers)
-    sharded = any(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"])
-    if device != "cpu" and not sharded:  # the fused kernel takes no plain scale beside sharded tensors: those wait
-        norm = step_on_device(optimizer, clip, numbers[:2])
-        return StepResult(torch.cat((numbers[:2], norm.double().view(1), numbers[2:])))
-    norm_value = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], clip)
-    norm = torch.full((1,), norm_value, dtype=torch.float64, device=numbers.device)
-    result = StepResult(torch.cat((numbers[:2], norm, numbers[2:])))
-    if result.finite:
-        optimizer.step()
+    waits = device == "cpu" or _sharded(optimizer)
+    norm = total_norm(optimizer) if waits else step_on_device(optimizer, clip, numbers[:2])
+    result = StepResult(torch.cat((numbers[:2], norm.double().view(1), numbers[2:])))
+    if waits and result.finite:
+        clip_and_step(optimizer, clip, norm)
     return result
 
 

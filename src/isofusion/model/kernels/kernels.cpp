@@ -1,5 +1,5 @@
-// What a training step on a CPU spends its time on: attention, norms, SwiGLU, routing, the head's loss, each in one pass
-// over memory, and on processors with avx512_bf16 the matrix products. Formulas as in fused.py, experts.py and head_loss.py,
+// What a training step on a CPU spends its time on: attention, norms, SwiGLU, routing, the head's loss, the optimizer, each in
+// one pass over memory, and on processors with avx512_bf16 the matrix products. Formulas as in fused.py, experts.py and head_loss.py,
 // which run where no C++ compiler is found.
 //
 // Compiled at first use by native.py. Work is shared among threads in fixed pieces, and sums over slots are added up in the
@@ -84,6 +84,10 @@ void sort_choices_i64(const int64_t* expert, const bool* real, const int64_t* mo
     sort_choices(expert, real, modality, counts, edges, order, place, T, C, E);
 }
 double sum_of_squares(const float* x, long n, int threads) { return squares(x, n, threads); }
+void adamw_f32(float* weight, const float* grad, float* mean, float* square, long n, float scale, float kept, float beta1,
+               float beta2, float rate, float root, float eps, int threads) {
+    adamw(weight, grad, mean, square, n, scale, kept, beta1, beta2, rate, root, eps, threads);
+}
 void head_loss_bf16(bf16* logits, const int64_t* targets, float* nll, long n, long V, int threads) {
     head_loss(logits, targets, nll, n, V, threads);
 }

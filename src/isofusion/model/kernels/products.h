@@ -22,11 +22,44 @@ namespace {
 constexpr long PANEL = 4 * LANES;  // columns that are packed together
 constexpr int TALL = 6;            // rows of a tile: 6 x 4 vectors of sums, 4 of the panel, 1 of the left factor
 
-inline uint32_t pair(float first, float second) {
-    bf16 low, high;
-    store(&low, first);
-    store(&high, second);
-    return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+// The processor foresees what is read line after line of a few rows; weights are read as pieces of many.
+constexpr long AHEAD = 8;
+inline void ask_for(const float* x) { _mm_prefetch(reinterpret_cast<const char*>(x), _MM_HINT_T0); }
+
+inline __m512 some_of(const float* x, long count) {  // the first `count` of sixteen, zeros for the others
+    return _mm512_maskz_loadu_ps(__mmask16(count >= LANES ? 0xffff : count > 0 ? (1u << count) - 1 : 0), x);
+}
+
+inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }  // 16 bf16, then 16
+
+// Sixteen pairs (first[j], second[j]).
+inline __m512i pairs_of(__m512 first, __m512 second) {
+    alignas(64) static const uint16_t turns[2 * LANES] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(turns), halves(first, second));
+}
+
+// 16 x 16 numbers: rows become columns.
+inline void turn_over(__m512i* r) {
+    __m512i t[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int h = 0; h < 2; h++) {
+            r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
+            r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
+        }
+    for (int half = 0; half < LANES; half += 8)  // r[4 i + k] now holds columns k, 4 + k, 8 + k, 12 + k of rows 4 i to 4 i + 3
+        for (int k = 0; k < 4; k++) {
+            t[half + k] = _mm512_shuffle_i32x4(r[half + k], r[half + 4 + k], 0x88);
+            t[half + 4 + k] = _mm512_shuffle_i32x4(r[half + k], r[half + 4 + k], 0xdd);
+        }
+    for (int k = 0; k < 8; k++) {
+        r[k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0x88);
+        r[8 + k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0xdd);
+    }
 }
 
 // c[i * line + j * step] = sum over pairs of a[i] * panel[j], for M rows, of which `valid` are stored, and V vectors of
@@ -135,8 +168,12 @@ void product(const bf16* x, const float* weight, const int64_t* edges, bf16* out
         const float* w = weight + e * D * F + from;
         for (long p = 0; p < D / 2; p++) {
             const float *first = w + 2 * p * F, *second = first + F;
-            for (long j = 0; j < columns; j++) panel[p * PANEL + j] = pair(first[j], second[j]);
-            for (long j = columns; j < PANEL; j++) panel[p * PANEL + j] = 0;
+            for (long j = 0; j < PANEL; j += LANES) {
+                ask_for(first + AHEAD * F + j);
+                ask_for(second + AHEAD * F + j);
+                const __m512 low = some_of(first + j, columns - j), high = some_of(second + j, columns - j);
+                _mm512_store_si512(panel + p * PANEL + j, pairs_of(low, high));
+            }
         }
     });
 }
@@ -146,15 +183,20 @@ void product_transposed(const bf16* x, const float* weight, const int64_t* edges
                         int threads) {
     rows_times(x, edges, out, E, F, D, threads, [=](long e, long from, long columns, uint32_t* panel) {
         const float* w = weight + (e * D + from) * F;
-        for (long p = 0; p < F / 2; p += LANES) {  // sixteen pairs of every column at a time, then turned over
-            const long count = std::min(LANES, F / 2 - p);
-            uint32_t some[PANEL * LANES] = {};
-            for (long j = 0; j < columns; j++)
-                for (long q = 0; q < count; q++)
-                    some[j * LANES + q] = pair(w[j * F + 2 * (p + q)], w[j * F + 2 * (p + q) + 1]);
-            for (long q = 0; q < count; q++)
-                for (long j = 0; j < PANEL; j++) panel[(p + q) * PANEL + j] = some[j * LANES + q];
-        }
+        for (long j = 0; j < PANEL; j += LANES)  // sixteen pairs of sixteen columns at a time
+            for (long p = 0; p < F / 2; p += LANES) {
+                __m512i some[LANES];
+                for (long i = 0; i < LANES; i++) {
+                    const float* of = w + (j + i) * F + 2 * p;
+                    const long count = j + i < columns ? F - 2 * p : 0;
+                    ask_for(of + AHEAD * LANES);
+                    ask_for(of + (AHEAD + 1) * LANES);
+                    some[i] = halves(some_of(of, count), some_of(of + LANES, count - LANES));
+                }
+                turn_over(some);
+                for (long q = 0; q < std::min(LANES, F / 2 - p); q++)
+                    _mm512_store_si512(panel + (p + q) * PANEL + j, some[q]);
+            }
     });
 }
 

@@ -105,6 +105,25 @@ double squares(const float* x, long n, int threads) {
     return sum;
 }
 
+// One update of AdamW (arXiv 1711.05101, algorithm 2, as PyTorch's): the gradient counts `scale` times, the weight first
+// shrinks to `kept` of itself; rate = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t).
+void adamw(float* weight, const float* grad, float* mean, float* square, long n, float scale, float kept, float beta1,
+           float beta2, float rate, float root, float eps, int threads) {
+    threads = useful(n, threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int p = 0; p < threads; p++) {
+        const Piece mine = piece(n, threads, p);
+#pragma omp simd
+        for (long i = mine.from; i < mine.to; i++) {
+            const float g = grad[i] * scale;
+            const float m = mean[i] + (1.0f - beta1) * (g - mean[i]), s = beta2 * square[i] + (1.0f - beta2) * g * g;
+            mean[i] = m;
+            square[i] = s;
+            weight[i] = kept * weight[i] - rate * m / (std::sqrt(s) * root + eps);
+        }
+    }
+}
+
 // Rows of logits become softmax minus one-hot, in place; nll = log(sum(exp(logits))) - logits[target].
 void head_loss(bf16* logits, const int64_t* targets, float* nll, long n, long V, int threads) {
     threads = useful(n * V, threads);
