@@ -214,6 +214,40 @@ def test_blocks_compile_whole_and_once(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_are_for_any_number_of_images_and_one_number_of_slots(
+    batch: PackedBatch,
+    build_batch: Callable[..., PackedBatch],
+    make_config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Late fusion as on a GPU: two compilations, whatever comes; the decoder's has no size that may vary."""
+    varying: list[bool] = []
+
+    def backend(module: Any, inputs: list[Any]) -> Any:
+        varying.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return module
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(native, "available", lambda: False)
+    torch._dynamo.reset()
+    model = model_of(make_config("late", head_dim=8), "flex")
+    model.compile_blocks()
+    fewer = build_batch(["tiiiitttttttttttttttttttt.....", "ttttttttttttttt|tiiiitt|ttttt..."])
+    assert fewer.n_slots == batch.n_slots
+    assert fewer.patches.shape != batch.patches.shape
+    with torch.no_grad():
+        for packed in (batch, fewer, batch):
+            model.token_losses(packed.torch())
+    assert varying == [True, False]
+    other = model_of(make_config("late", head_dim=8, depth=3), "flex")
+    other.compile_blocks()  # of another model: what was compiled before is gone
+    with torch.no_grad():
+        other.token_losses(batch.torch())
+    assert varying == [True, False] * 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_block_mask_is_compiled_once_for_all_batches(batch: PackedBatch) -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -58,6 +58,12 @@ def test_free_memory_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest
     assert read() is None
     monkeypatch.delenv("ISOFUSION_DEVICE")
     driver.write_text("#!/bin/sh\necho 'no devices were found'\n")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 5000\n")
+    python.chmod(driver.stat().st_mode)
+    monkeypatch.setattr(gpu.sys, "executable", str(python))
+    assert read() == 5000  # no answer: torch is asked
+    python.write_text("#!/bin/sh\nexit 1\n")
     assert read() is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,9 +136,16 @@ def test_recomputed_blocks_give_the_same_gradients(model: dict[str, Any], tmp_pa
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_experts_are_not_compiled_in_fp32_on_a_cpu() -> None:
-    with pytest.raises(InputError, match="experts cannot be compiled in fp32 on a CPU"):
-        Machine(compile=True).prepare(None, config(n_experts=2), "cpu", "fp32")
+def test_experts_are_not_compiled_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cpu", "cuda"):
+        with pytest.raises(InputError, match="experts cannot be compiled in fp32"):
+            Machine(compile=True).prepare(None, config(n_experts=2), device, "fp32")
+    compiled: list[str] = []
+    model = SimpleNamespace(recompute=0, compile_blocks=lambda: compiled.append("yes"))
+    for precision in ("fp32", "bf16"):  # and where nobody asked, a GPU does without
+        Machine(memory=1e12).prepare(model, config(n_experts=2), "cuda", precision)
+        compiled.append(precision)
+    assert compiled == ["fp32", "yes", "bf16"]
 
 
 def test_a_run_with_workers_and_micro_batches_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

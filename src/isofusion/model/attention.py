@@ -31,6 +31,8 @@ from isofusion.model import native
 from isofusion.model.fused import compute_dtype, document_attention, exactly, heads_of, regroup
 
 EXECUTIONS = ("dense", "native", "sdpa", "flex")
+WITHOUT_PADDING = ("native", "sdpa")
+"""Those whose shapes follow the batch's documents, so that on a CPU padding slots are left out of the batch."""
 FLEX_HEAD = 16
 """Fewest features of a head that FlexAttention's kernels take."""
 

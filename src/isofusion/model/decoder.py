@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from isofusion.config import ModelConfig
 from isofusion.data.batch import PackedBatch
 from isofusion.errors import InputError
-from isofusion.model.attention import choose_execution, make_plan
+from isofusion.model.attention import WITHOUT_PADDING, choose_execution, make_plan
 from isofusion.model.block import Block, run_block
 from isofusion.model.experts import SlotPlan
 from isofusion.model.fused import by_onednn, compute_dtype, exactly
@@ -27,6 +27,9 @@ from isofusion.model.head_loss import head_loss
 from isofusion.model.layers import Embedding, Linear, RMSNorm
 from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU, ROUND
 from isofusion.model.vision import VisionEncoder, normalise_patches
+
+_COMPILED: list[ModelConfig] = []
+"""What the compiled code of this process is for, if anything."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Decoder(nn.Module):
         cfg, place_T = self.cfg, None
         execution = choose_execution(self.execution, batch.doc_id.device, cfg.head_dim)
         on_cpu = batch.doc_id.device.type == "cpu"  # on a GPU shapes that never change matter more
-        if on_cpu and execution in ("native", "sdpa"):
+        if on_cpu and execution in WITHOUT_PADDING:
             batch, place_T = batch.without_padding(ROUND)
         plan = make_plan(execution, batch, cfg.head_dim, cfg.n_heads, cfg.rope_theta)
         slots = SlotPlan.of(batch) if cfg.n_experts else None
@@ -112,10 +115,22 @@ class Decoder(nn.Module):
         return balance.mean()
 
     def compile_blocks(self) -> None:
-        """Compile every block in place, whole: blocks of one kind share one compilation, and names do not change."""
+        """Compile every block in place, whole: blocks of one kind share one compilation, and names do not change.
+
+        Unless padding is left out the decoder sees one shape, and its code is for that one: kernels for sizes that may
+        vary are slower. What was compiled for a model of another configuration is dropped, or every call would look
+        through it first.
+        """
+        if _COMPILED and _COMPILED[-1] != self.cfg:
+            torch._dynamo.reset()
+        _COMPILED[:] = [self.cfg]
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in [*self.blocks, *(self.encoder.blocks if self.encoder is not None else ())]:
-            block.compile(fullgraph=True)
+        execution = choose_execution(self.execution, self.final_norm.gain.device, self.cfg.head_dim)
+        varies = None if execution in WITHOUT_PADDING else False
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=varies)
+        if self.encoder is not None:
+            self.encoder.compile_blocks()
 
     def balance_loss(self, output: ModelOutput, routing: Tensor) -> Tensor:
         """The balance loss with shares from `routing` i64 [depth, 2, E], the counts of a whole step.

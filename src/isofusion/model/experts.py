@@ -302,7 +302,7 @@ class Experts(nn.Module):
         """
         loss = probability_GE.new_zeros(probability_GE.shape[:-2])
         for (members, size), sum_E in zip(self.groups, probability_GE.unbind(-2), strict=True):
-            pairs = counts_ME[..., list(members), :].sum(-2)
+            pairs = counts_ME.sum(-2) if len(members) == 2 else counts_ME[..., members[0], :]
             n = pairs.sum(-1, keepdim=True).clamp(min=1)
             loss = loss + size * (pairs / n * (sum_E * (self.top_k / n))).sum(-1) / len(self.groups)
         return loss

@@ -33,6 +33,13 @@ class VisionEncoder(nn.Module):
         self.patch = Linear(cfg.patch_dim, self.width)
         self.blocks = nn.ModuleList(Block(cfg, self.width, self.head_dim, False) for _ in range(cfg.encoder_layers))
         self.final_norm = RMSNorm(self.width, cfg.norm_eps)
+        self.compiled = False
+
+    def compile_blocks(self) -> None:
+        """Compile every block in place and whole, for any number of images: that changes with every batch."""
+        self.compiled = True
+        for block in self.blocks:
+            block.compile(fullgraph=True)
 
     def forward(self, patches_u8: Tensor, patches_per_image: int, recompute: int = 0) -> Tensor:
         """`recompute`: first blocks whose activations are computed twice, to save memory."""
@@ -42,6 +49,9 @@ class VisionEncoder(nn.Module):
         heads = self.width // self.head_dim
         plan = image_plan(images, patches_per_image, self.head_dim, heads, self.theta, patches_u8.device)
         x_PD = self.patch(normalise_patches(patches_u8)).float()
+        if self.compiled and images:
+            torch._dynamo.maybe_mark_dynamic(x_PD, 0)
+            torch._dynamo.maybe_mark_dynamic(plan.phase, 0)
         for i, block in enumerate(self.blocks):
             x_PD, _ = run_block(block, i < recompute, x_PD, plan)
         return self.final_norm(x_PD)

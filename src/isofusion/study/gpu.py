@@ -32,13 +32,16 @@ def gpu_bytes() -> float | None:
         return None
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    try:
-        found = subprocess.run(
-            [*command, *(["--id", visible] if visible else [])], capture_output=True, text=True, check=False
-        )
-        return float(found.stdout.split()[0]) * 2**20
-    except (OSError, IndexError, ValueError):
-        return None
+    for asked, unit in (
+        ([*command, *(["--id", visible] if visible else [])], 2**20),
+        # no nvidia-smi, or no answer (a part of a GPU): then by torch, which takes seconds and memory
+        ([sys.executable, "-c", "import torch; print(torch.cuda.mem_get_info()[0])"], 1),
+    ):
+        try:
+            return float(subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()[0]) * unit
+        except (OSError, IndexError, ValueError):
+            continue
+    return None
 
 
 def run_bytes(spec: StudySpec) -> list[float]:
@@ -74,6 +77,7 @@ def gpu_split(spec: StudySpec, free: float, available: int, jobs: int | None, th
             f"lower one of them"
         )
     os.environ.setdefault("ISOFUSION_MEMORY_GB", f"{max(0.1, budget / jobs - CONTEXT_BYTES) / 1e9:.2f}")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # the number of targets varies
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, available // jobs)))
     return jobs, threads
 

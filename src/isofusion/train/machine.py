@@ -78,17 +78,19 @@ class Machine:
         `ranks` share the rows of a step, `shards` of them the model. None: this rank's rows at once. Raises InputError
         when one row does not fit the memory.
         """
-        compiled = self.compile if self.compile is not None else device != "cpu"
-        if compiled and device == "cpu" and precision == "fp32" and config.model.n_experts:
+        unknown = precision == "fp32" and config.model.n_experts > 0  # to the compiler: their product, but in bf16
+        compiled = self.compile if self.compile is not None else device != "cpu" and not unknown
+        if compiled and unknown:
             raise InputError(
-                "experts cannot be compiled in fp32 on a CPU: the compiler knows their product in bf16 alone; "
+                "experts cannot be compiled in fp32: the compiler knows their product in bf16 alone; "
                 "unset ISOFUSION_COMPILE"
             )
         budget = self.memory
         if budget is None and device != "cpu":
             import torch
 
-            budget = MARGIN * torch.cuda.mem_get_info()[0]
+            # the model is on the device already, and the allocator keeps what an earlier run of the process freed
+            budget = MARGIN * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
         rows, recompute = self.micro_rows, 0
         mine = -(-config.train.rows_per_step // ranks)
         if budget is not None:

@@ -82,20 +82,24 @@ def reproducible(threads: int, deterministic: bool = True) -> Iterator[None]:
     """Fixed threads and deterministic kernels while a run trains; the process's settings come back afterwards.
 
     Not `deterministic` on a GPU: its deterministic kernels are slower, and its library of products refuses without an
-    environment variable that only the process's parent can set.
+    environment variable that only the process's parent can set. cuDNN's attention is not asked there: it plans anew for
+    every number of images.
     """
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     switches: Any = torch.utils.deterministic
     fill = switches.fill_uninitialized_memory
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn and deterministic)
     switches.fill_uninitialized_memory = False  # filling costs time and changes no result here
     try:
-        with _products("bf16") if onednn_is_exact() else nullcontext():
+        with _products("bf16") if deterministic and onednn_is_exact() else nullcontext():
             yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         switches.fill_uninitialized_memory = fill
 
 
