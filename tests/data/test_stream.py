@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from isofusion.config import DataConfig, SourceConfig
-from isofusion.data import endless, finite, stream
+from isofusion.data import endless, patches, stream
 from isofusion.data.sample import Image, Sample, Text
 from isofusion.data.stream import Stream
 from isofusion.errors import InputError
@@ -163,10 +163,11 @@ def test_images_land_with_their_captions(corpus, files):
 
 def test_without_an_image_store_the_batches_are_the_same(corpus, monkeypatch, tmp_path):
     stored = Stream(config(corpus), 5, "train", 4).batch(3)
-    monkeypatch.setattr(finite, "STORE_BYTES", 0)
+    assert list((tmp_path / "cache/patches").rglob("*.u8"))
+    monkeypatch.setattr(patches, "STORE_BYTES", 0)
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "other"))
     assert fingerprint(Stream(config(corpus), 5, "train", 4).batch(3)) == fingerprint(stored)
-    assert not (tmp_path / "other/images").exists()
+    assert not list((tmp_path / "other").rglob("*.u8"))
 
 
 def test_validation_is_one_for_all_and_repeats_nothing(corpus):

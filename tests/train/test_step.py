@@ -212,7 +212,7 @@ def test_ranks_that_sum_give_the_step_of_one_process(kind: str, rows: PackedBatc
 
 
 class NoIndices(TorchDispatchMode):
-    """x[list] makes a tensor of indices on the host, and its way to the device is a wait that meta tensors do not show."""
+    """x[list] makes a tensor of indices on the host; its way to the device is a wait that meta tensors do not show."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket is not torch.ops.aten.index, "an index of the host's"

@@ -37,12 +37,14 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _temporary(path: Path) -> Path:
+def temporary_of(path: Path) -> Path:
+    """Beside `path`, this thread's own."""
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turns an OSError into a RunFailure that says what to do about a cache that cannot be written."""
     try:
         yield
     except OSError as error:
@@ -54,9 +56,9 @@ def _explained(path: Path) -> Iterator[None]:
 
 def write(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a file under another name, then rename it to `path`. Raises RunFailure (full disk, rights)."""
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
-        with _explained(path):
+        with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             fill(temporary)
             os.replace(temporary, path)
@@ -67,9 +69,9 @@ def write(path: Path, fill: Callable[[Path], None]) -> None:
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """The same for a folder; when another process was first, its folder stays and ours goes."""
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
-        with _explained(path):
+        with explained(path):
             temporary.mkdir(parents=True, exist_ok=True)
             fill(temporary)
             if not path.exists():
@@ -104,7 +106,7 @@ def lock(path: Path) -> Iterator[None]:
         yield
         return
     name = path.with_name(f".{path.name}.lock")
-    with _explained(name):
+    with explained(name):
         name.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
     try:

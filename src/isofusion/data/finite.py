@@ -1,21 +1,22 @@
 """A finite source as an endless row of rows: row j -> (epoch, row of its plan) -> packed slots, a pure function.
 
-The text is tokenised once and the images are resized once into stores in the cache, shared by all runs of a study:
-4 bytes a token, 3 * image_size^2 bytes an image (images above STORE_BYTES per source are decoded on demand instead).
+The text is tokenised once and the images are decoded once into stores in the cache, shared by all runs of a study:
+4 bytes a token, 3 * image_size^2 bytes an image (files past patches.STORE_BYTES of a source: decoded on demand).
 
 # n patches per image, S segments, D documents, N pieces
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isofusion.config import DataConfig
-from isofusion.data import cache
-from isofusion.data.images import BrokenImage, decode, to_patches
+from isofusion.data import cache, patches
+from isofusion.data.images import BrokenImage, decode
 from isofusion.data.index import SourceIndex
 from isofusion.data.order import permutation
 from isofusion.data.pack import IMAGE, Piece, Rows, best_fit, build, cut
@@ -25,7 +26,6 @@ from isofusion.data.tokenizer import JsonTokenizer
 from isofusion.errors import InputError
 
 VERSION = 1
-STORE_BYTES = 8 << 30
 BATCH = 512  # texts tokenised at once
 
 
@@ -40,17 +40,18 @@ class Documents:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def _place(self, d: int) -> tuple[int, int]:
+    def place(self, d: int) -> tuple[int, int]:
+        """(file, sample inside it) of document d."""
         f = int(np.searchsorted(self._first, d, side="right")) - 1
         return f, d - int(self._first[f])
 
     def key(self, d: int) -> str:
-        f, i = self._place(d)
+        f, i = self.place(d)
         return f"{self.index.files[f].path.name}/{self.index.files[f].keys[i]}"
 
     def raw(self, d: int) -> Segments:
         """Segments of document d. Raises InputError when its file changed since it was indexed."""
-        f, i = self._place(d)
+        f, i = self.place(d)
         file = self.index.files[f]
         file.check_unchanged()
         if f not in self._readers:
@@ -99,36 +100,34 @@ def _tokenise(folder: Path, documents: Documents, tokenizer: JsonTokenizer) -> N
 
 
 class ImageStore:
-    """Patches of all images of a source: `patches(image)` -> u8 [n, p*p*3]."""
+    """Patches of all images of a source: `patches(d, first, last)` -> u8 [(last - first) * n, p*p*3]."""
 
-    def __init__(self, documents: Documents, image_size: int, patch_size: int) -> None:
-        self.documents, self.size, self.patch = documents, image_size, patch_size
-        self.n, self.patch_dim = (image_size // patch_size) ** 2, patch_size * patch_size * 3
+    def __init__(self, documents: Documents, shape: patches.Shape) -> None:
+        self.documents, self.shape = documents, shape
+        self.n, self.patch_dim = shape.per_image
         self.image_ptr = documents.index.image_ptr()
         self._recent = cache.Recent(2048)
-        self._data: np.ndarray | None = None
-        count = int(self.image_ptr[-1])
-        if 0 < count * self.n * self.patch_dim <= STORE_BYTES:
-            key = cache.digest("images", VERSION, documents.index.digest, image_size, patch_size)
-            folder = cache.root() / "images" / f"v{VERSION}" / key
-            if not folder.exists():
-                with cache.lock(folder):
-                    if not folder.exists():
-                        cache.write_folder(folder, self._fill)
-            self._data = np.load(folder / "patches.npy", mmap_mode="r")
+        files, left = documents.index.files, patches.STORE_BYTES
+        self._start = np.cumsum([0] + [len(file.image_hash) for file in files])  # images before each file
+        self._stores: list[np.ndarray | None] = []
+        for f, file in enumerate(files):
+            count = len(file.image_hash)
+            store = None
+            if 0 < count * shape.bytes <= left:
+                left -= count * shape.bytes
+                path = patches.place(file.sha256, file.format, shape)
+                store = patches.ensure(path, count, shape, lambda f=f: self._samples(f))  # type: ignore[misc]
+            self._stores.append(store)
 
-    def _fill(self, folder: Path) -> None:
-        shape = (int(self.image_ptr[-1]), self.n, self.patch_dim)
-        out = np.lib.format.open_memmap(folder / "patches.npy", mode="w+", dtype=np.uint8, shape=shape)
-        for d in range(len(self.documents)):
+    def _samples(self, f: int) -> Iterator[list[np.ndarray]]:
+        for d in range(int(self.documents.index.first[f]), int(self.documents.index.first[f + 1])):
             if self.image_ptr[d] < self.image_ptr[d + 1]:
-                out[self.image_ptr[d] : self.image_ptr[d + 1]] = self._decode(d)
-        out.flush()
+                yield self._decode(d)
 
-    def _decode(self, d: int) -> np.ndarray:
+    def _decode(self, d: int) -> list[np.ndarray]:
         encoded = [s for s in self.documents.raw(d) if isinstance(s, bytes)]
         try:
-            return np.stack([to_patches(decode(e), self.size, self.patch) for e in encoded])
+            return [self.shape.cut(decode(e)) for e in encoded]
         except BrokenImage as error:
             raise InputError(
                 f"an image of {self.documents.key(d)} was good when indexed, and is not now: {error}"
@@ -138,11 +137,12 @@ class ImageStore:
         """Images first .. last-1 of document d -> u8 [(last-first)*n, p*p*3]."""
         if first == last:
             return np.zeros((0, self.patch_dim), np.uint8)
-        if self._data is not None:
-            at = int(self.image_ptr[d])
-            block = np.asarray(self._data[at + first : at + last])
+        f = self.documents.place(d)[0]
+        if (store := self._stores[f]) is not None:
+            at = int(self.image_ptr[d] - self._start[f])
+            block = np.asarray(store[at + first : at + last])
         else:
-            block = self._recent.get(d, lambda: self._decode(d))[first:last]
+            block = self._recent.get(d, lambda: np.stack(self._decode(d)))[first:last]
         return block.reshape(-1, self.patch_dim)
 
 
@@ -158,7 +158,7 @@ class FiniteSource:
         self.tokenizer, self.row_len, self.n = tok, data.row_len, data.patches_per_image
         self.documents = Documents(index)
         self.text = TokenStore(self.documents, tok)
-        self.images = ImageStore(self.documents, data.image_size, data.patch_size)
+        self.images = ImageStore(self.documents, patches.Shape(data.image_size, data.patch_size))
         self._tabulate()
         self._plans = cache.Recent(4)
         self._ends = [0]  # rows before epoch 0, 1, 2, ...

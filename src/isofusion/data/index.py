@@ -1,14 +1,17 @@
 """The index of a source: where every good sample lies, what is bad and why. Built once, kept outside the data folder.
 
 Per file it is keyed by path, size and modification time. Building reads everything once: sha256 of the file, every
-image decoded, every text parsed, so that training meets no surprise; hashes for the duplicate count come on the way.
+image decoded, every text parsed, so that training meets no surprise; hashes for the duplicate count come on the way,
+and so do the patches that training will ask for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
+import os
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from isofusion.config import SourceConfig
-from isofusion.data import cache
+from isofusion.data import cache, patches
 from isofusion.data.images import BrokenImage, decode, dhash
 from isofusion.data.readers import BadSample, Found, Reader, Segments, open_reader
 from isofusion.errors import InputError
@@ -81,14 +84,14 @@ _ARRAYS = (
 )  # fmt: skip
 
 
-def index_file(path: Path, format: str) -> FileIndex:
-    """Index of one file, from the cache when path, size and modification time are the same. Raises InputError."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    key = cache.digest("index", VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, format)
-    place = cache.root() / "index" / f"v{VERSION}" / f"{key}.npz"
+def index_file(
+    path: Path, format: str, shape: patches.Shape | None = None, limit: int = patches.STORE_BYTES
+) -> FileIndex:
+    """Index of one file, from the cache when path, size and modification time are the same. Raises InputError.
+
+    Where it is built, the patches of its images are stored on the way, in this `shape` and up to `limit` bytes.
+    """
+    place, stat = _place(path, format)
     if (found := _load(place, path)) is not None:
         return found
     reader = open_reader(path, format)
@@ -98,7 +101,14 @@ def index_file(path: Path, format: str) -> FileIndex:
     with cache.lock(place):
         if (found := _load(place, path)) is not None:
             return found
-        index = _build(reader, path, format, stat.st_size, stat.st_mtime_ns)
+        with contextlib.ExitStack() as stack:
+            writer = None
+            if shape is not None and limit > 0:
+                near = patches.place(place.stem, format, shape)  # the contents are not known yet
+                writer = stack.enter_context(contextlib.closing(patches.Writer(near, limit)))
+            index = _build(reader, path, format, stat.st_size, stat.st_mtime_ns, shape, writer)
+            if writer is not None and shape is not None and len(index.image_hash):
+                writer.keep(patches.place(index.sha256, format, shape))
         head = {
             k: getattr(index, k) for k in ("format", "size", "mtime_ns", "sha256", "keys", "bad", "examples", "unread")
         }
@@ -106,6 +116,21 @@ def index_file(path: Path, format: str) -> FileIndex:
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
         cache.write_npz(place, arrays)
     return index
+
+
+def is_indexed(path: Path, format: str) -> bool:
+    """Raises InputError when there is no such file."""
+    return _place(path, format)[0].exists()
+
+
+def _place(path: Path, format: str) -> tuple[Path, os.stat_result]:
+    """Where the index of a file lies, or would. Raises InputError."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    key = cache.digest("index", VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, format)
+    return cache.root() / "index" / f"v{VERSION}" / f"{key}.npz", stat
 
 
 def _load(place: Path, path: Path) -> FileIndex | None:
@@ -117,7 +142,15 @@ def _load(place: Path, path: Path) -> FileIndex | None:
         return None  # absent or damaged: build it again
 
 
-def _build(reader: Reader, path: Path, format: str, size: int, mtime_ns: int) -> FileIndex:
+def _build(
+    reader: Reader,
+    path: Path,
+    format: str,
+    size: int,
+    mtime_ns: int,
+    shape: patches.Shape | None = None,
+    writer: patches.Writer | None = None,
+) -> FileIndex:
     bad: Counter[str] = Counter()
     named: Counter[str] = Counter()
     examples: list[list[str]] = []
@@ -146,17 +179,19 @@ def _build(reader: Reader, path: Path, format: str, size: int, mtime_ns: int) ->
             continue
         try:
             segments = reader.raw(item.key, item.ref)
-            seen = _verify(item, segments)
+            seen = _verify(item, segments, shape)
         except BadSample as problem:
             count(problem)
             continue
         keys.append(item.key)
         ref.extend(item.ref)
         ref_ptr.append(len(ref))
-        for encoded, difference, shape in seen:
-            image_hash.append(encoded)
-            image_dhash.append(difference)
-            image_size.append(shape)
+        for image in seen:
+            image_hash.append(image.hash)
+            image_dhash.append(image.dhash)
+            image_size.append(image.size)
+        if writer is not None:
+            writer.add([image.patches for image in seen if image.patches is not None])
         image_ptr.append(len(image_hash))
         text = "\n".join(s for s in segments if isinstance(s, str))
         texts.append(text_hash(text))
@@ -171,8 +206,16 @@ def _build(reader: Reader, path: Path, format: str, size: int, mtime_ns: int) ->
     )  # fmt: skip
 
 
-def _verify(item: Found, segments: Segments) -> list[tuple[int, int, tuple[int, int]]]:
-    """Decode every image of a sample: (hash of the bytes, dHash, (height, width)) each. Raises BadSample."""
+@dataclass(frozen=True)
+class _Image:
+    hash: int  # of the encoded bytes
+    dhash: int
+    size: tuple[int, int]  # height, width
+    patches: np.ndarray | None
+
+
+def _verify(item: Found, segments: Segments, shape: patches.Shape | None) -> list[_Image]:
+    """Decode every image of a sample, and cut it where a shape is given. Raises BadSample."""
     out = []
     for segment in segments:
         if isinstance(segment, str):
@@ -185,7 +228,8 @@ def _verify(item: Found, segments: Segments) -> list[tuple[int, int, tuple[int, 
                 pixels = decode(segment)
             except BrokenImage as error:
                 raise BadSample(item.key, "broken image", str(error)) from error
-            out.append((hash64(segment), dhash(pixels), (pixels.shape[0], pixels.shape[1])))
+            cut = shape.cut(pixels) if shape is not None else None
+            out.append(_Image(hash64(segment), dhash(pixels), (pixels.shape[0], pixels.shape[1]), cut))
     return out
 
 
@@ -284,10 +328,23 @@ def find_files(folder: Path, globs: tuple[str, ...], name: str, key: str) -> lis
     return sorted(files)
 
 
-def index_source(source: SourceConfig, folder: Path, split: str, max_bad_share: float) -> SourceIndex:
-    """Index of the files of one split of a source. Raises InputError: no file, or too much of it bad."""
+def source_files(source: SourceConfig, folder: Path, split: str) -> list[Path]:
+    """Sorted files of one split of a source. Raises InputError for a glob that matches nothing."""
     globs = source.train if split == "train" else source.val
-    files = find_files(folder, globs, source.name, f"{split} of source {source.name}")
-    index = SourceIndex(source.name, source.format, tuple(index_file(p, source.format) for p in files))
+    return find_files(folder, globs, source.name, f"{split} of source {source.name}")
+
+
+def index_source(
+    source: SourceConfig, folder: Path, split: str, max_bad_share: float, shape: patches.Shape | None = None
+) -> SourceIndex:
+    """Index of the files of one split of a source; `shape`: of the patches that are stored on the way.
+
+    Raises InputError: no file, or too much of it bad.
+    """
+    files, left = [], patches.STORE_BYTES
+    for path in source_files(source, folder, split):
+        files.append(index_file(path, source.format, shape, left))
+        left -= len(files[-1].image_hash) * (shape.bytes if shape is not None else 0)
+    index = SourceIndex(source.name, source.format, tuple(files))
     index.refuse_if_bad(max_bad_share)
     return index

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from isofusion.config import DataConfig, SourceConfig, WorldConfig
+from isofusion.data import ahead
 from isofusion.data.batch import PackedBatch
 from isofusion.data.finite import Documents, FiniteSource
 from isofusion.data.readers import Segments, detect_format
 from isofusion.data.sample import DOMAINS
 from isofusion.data.stream import Stream
 from isofusion.errors import InputError
+from isofusion.processors import cores
 
 DOMAIN_OF = {"webdataset": "caption", "interleaved": "interleaved", "text": "text"}
 EXCERPT = 200  # characters of a sample
@@ -88,6 +90,7 @@ def _files(
     globs = [glob.escape(str(f.resolve())) for f in files]
     config: dict[str, Any] = {"name": name, "domain": domain, "format": format, "weight": 1.0, "train": globs}
     data = DataConfig(sources=(SourceConfig(**config),), tokenizer=tokenizer, max_bad_share=1.0, **settings)
+    ahead.index(data, ("train",), cores())
     stream = Stream(data, 0, "train", 1)
     source = stream.sources[0]
     assert isinstance(source, FiniteSource)

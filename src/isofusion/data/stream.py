@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from isofusion.config import DataConfig
-from isofusion.data import cache, tokenizer
+from isofusion.config import DataConfig, SourceConfig
+from isofusion.data import cache, patches, tokenizer
 from isofusion.data.batch import PackedBatch
 from isofusion.data.duplicates import near_duplicates
 from isofusion.data.endless import WorldSource, split_seed
@@ -50,16 +50,24 @@ def open_world(data: DataConfig) -> Any:
     return World(data.world, data.image_size, data.patch_size, max_len=data.row_len)
 
 
-def indices(data: DataConfig, split: str) -> dict[str, SourceIndex]:
-    """Index of each finite source that has files for the split, by name. Raises InputError."""
+def data_folder(data: DataConfig) -> Path:
+    """Raises InputError when there is none."""
     folder = Path(data.folder) if data.folder else Path()
     if data.folder and not folder.is_dir():
         raise InputError(f"there is no data folder {folder}; pass --data FOLDER or set data.folder")
-    return {
-        s.name: index_source(s, folder, split, data.max_bad_share)
-        for s in data.sources
-        if s.format != "world" and (split == "train" or s.val)
-    }
+    return folder
+
+
+def finite_sources(data: DataConfig, split: str) -> list[SourceConfig]:
+    """Those that have files for the split."""
+    return [s for s in data.sources if s.format != "world" and (split == "train" or s.val)]
+
+
+def indices(data: DataConfig, split: str) -> dict[str, SourceIndex]:
+    """Index of each finite source that has files for the split, by name. Raises InputError."""
+    folder, shape = data_folder(data), patches.Shape(data.image_size, data.patch_size)
+    sources = finite_sources(data, split)
+    return {s.name: index_source(s, folder, split, data.max_bad_share, shape) for s in sources}
 
 
 def open_tokenizer(data: DataConfig) -> Any:

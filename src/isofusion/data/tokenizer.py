@@ -80,7 +80,10 @@ class JsonTokenizer:
         return np.array(self._tok.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(e.ids, np.int32) for e in self._tok.encode_batch(texts, add_special_tokens=False)]
+        found = self._tok.encode_batch_fast(
+            texts, add_special_tokens=False
+        )  # fast: no places of the tokens in the text
+        return [np.array(e.ids, np.int32) for e in found]
 
     def decode(self, ids: np.ndarray) -> str:
         """i32[L] -> text; reserved tokens vanish."""

@@ -143,8 +143,10 @@ def estimate(
     first = spec.arms[0].sizes[0].train
     longest = max(runs, key=lambda run: run.end_step * run.train.rows_per_step)
     if here:
+        from isofusion.data import ahead
         from isofusion.data.stream import Stream
 
+        ahead.index(spec.data, ("train",), cores())
         stream = Stream(spec.data, spec.seeds[0], "train", longest.train.rows_per_step)
         shape = measured_shape(spec, stream, longest.train.rows_per_step)
         sources = _sources(stream.report(longest.end_step))

@@ -35,11 +35,13 @@ def prepare(spec: StudySpec) -> list[str]:
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("training needs torch: pip install 'isofusion[train]'")
+    from isofusion.data import ahead
     from isofusion.data.generate import generate
     from isofusion.data.stream import Stream
     from isofusion.study.gpu import gpu_bytes, measure_peak
 
     train = spec.arms[0].sizes[0].train
+    ahead.index(spec.data, ("train", "val"), cores())
     streams = {split: Stream(spec.data, spec.seeds[0], split, train.rows_per_step) for split in ("train", "val")}
     streams["train"].near_duplicates()
     if gpu_bytes() is not None:  # a GPU reads the world faster than one process draws it
