@@ -1,4 +1,4 @@
-"""What CPUs with bf16 products run: the head's loss with its gradient in bf16, and whole models in that precision."""
+"""What machines with bf16 products run: the loss with its gradient kept in bf16, and whole models in that precision."""
 
 from __future__ import annotations
 
@@ -19,15 +19,29 @@ from isofusion.model.head_loss import head_loss
 from isofusion.model.init import init_weights
 
 
-@pytest.mark.usefixtures("kernels")
-def test_the_loss_of_the_head_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOGITS", 90)  # pieces of three slots, the last of one
+@pytest.fixture(params=["kernels", "pieces", "gpu", "gpu compiled"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the loss is computed; what a GPU does runs on a CPU too."""
+    if request.param == "kernels" and not native.available():
+        pytest.skip(f"kernels: {native.describe()}")
+    monkeypatch.setattr(native, "available", lambda: request.param == "kernels")
+    if request.param.startswith("gpu"):
+        monkeypatch.setattr(module, "_way", lambda *inputs: module._at_once)
+    compiled = torch.compile(module._loss_and_gradient_, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(module, "_compiled", lambda: compiled)
+    return request.param
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+def test_the_loss_of_the_head_and_its_gradient(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGITS", "LOGITS_GPU"):
+        monkeypatch.setattr(module, name, 90)  # pieces of three slots, the last of one
     make = torch.Generator().manual_seed(4)
     hidden = torch.randn(10, 16, generator=make).requires_grad_()
     weight = torch.randn(30, 16, generator=make).requires_grad_()
     targets = torch.randint(30, (10,), generator=make)
     by_slot = torch.rand(10, generator=make)
-    ours = head_loss(hidden, weight, targets)
+    ours = head_loss(hidden, weight, targets, way == "gpu compiled")
     logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
     exact = F.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
@@ -45,10 +59,9 @@ def test_shapes_come_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [x.shape[0] for x in loss.grad_fn.saved_tensors] == [rows, 30, rows]
 
 
-@pytest.mark.usefixtures("kernels")
-def test_the_loss_of_a_target_far_below_the_others_is_finite_and_right() -> None:
+def test_the_loss_of_a_target_far_below_the_others_is_finite_and_right(way: str) -> None:
     weight = torch.tensor([[300.0], [0.0], [299.0]])
-    nll = head_loss(torch.ones(2, 1), weight, torch.tensor([1, 0]))
+    nll = head_loss(torch.ones(2, 1), weight, torch.tensor([1, 0]), way == "gpu compiled")
     logits = weight.bfloat16().float()[:, 0]
     assert nll.tolist() == pytest.approx([float(logits.logsumexp(0)), float(logits.logsumexp(0) - 300)], abs=1e-3)
 

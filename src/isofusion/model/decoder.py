@@ -25,7 +25,7 @@ from isofusion.model.experts import SlotPlan
 from isofusion.model.fused import by_onednn, compute_dtype, exactly
 from isofusion.model.head_loss import head_loss
 from isofusion.model.layers import Embedding, Linear, RMSNorm
-from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU, ROUND
+from isofusion.model.memory import HEAD_CHUNK, HEAD_CHUNK_GPU, HEAD_KEPT_GPU, ROUND
 from isofusion.model.vision import VisionEncoder, normalise_patches
 
 _COMPILED: list[ModelConfig] = []
@@ -70,6 +70,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, cfg.width, cfg.head_dim, cfg.n_experts > 0) for _ in range(cfg.depth))
         self.final_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = Linear(cfg.width, cfg.vocab_size)
+        self.compiled = False
         self.recompute = 0  # first blocks, the encoder's before the decoder's, whose activations are computed twice
         self.logit_scale = cfg.base_width / cfg.width if cfg.base_width else 1.0  # muP's output multiplier
 
@@ -124,6 +125,7 @@ class Decoder(nn.Module):
         if _COMPILED and _COMPILED[-1] != self.cfg:
             torch._dynamo.reset()
         _COMPILED[:] = [self.cfg]
+        self.compiled = True
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         execution = choose_execution(self.execution, self.final_norm.gain.device, self.cfg.head_dim)
         varies = None if execution in WITHOUT_PADDING else False
@@ -158,16 +160,16 @@ class Decoder(nn.Module):
         return nll_T, output
 
     def _nll(self, hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
-        chunk = HEAD_CHUNK if hidden_nD.device.type == "cpu" else HEAD_CHUNK_GPU
+        low = compute_dtype(hidden_nD.device) == torch.bfloat16 and torch.is_grad_enabled()
+        cpu = hidden_nD.device.type == "cpu"
+        chunk = HEAD_CHUNK if cpu else HEAD_KEPT_GPU if low else HEAD_CHUNK_GPU
         step = max(1, chunk // self.cfg.vocab_size)
-        low = hidden_nD.device.type == "cpu" and compute_dtype(hidden_nD.device) == torch.bfloat16
-        low = low and torch.is_grad_enabled()
 
         def piece(hidden: Tensor, targets: Tensor) -> Tensor:
             if low:
-                return head_loss(hidden * self.logit_scale, self.head.weight, targets)
+                return head_loss(hidden * self.logit_scale, self.head.weight, targets, self.compiled and not cpu)
             n = hidden.shape[0]
-            if hidden.device.type == "cpu" and by_onednn(torch.float32) and (filler := -n % ROUND):
+            if cpu and by_onednn(torch.float32) and (filler := -n % ROUND):
                 hidden, targets = F.pad(hidden, (0, 0, 0, filler)), F.pad(targets, (0, filler))
             return F.cross_entropy(self.logits(hidden), targets, reduction="none")[:n]
 

@@ -19,8 +19,12 @@ HEAD_CHUNK = 2**24
 """Most logits (slots x vocabulary) held at once on a CPU; 64 MiB in float32."""
 HEAD_CHUNK_GPU = 2**28
 """The same on a GPU, whose products want more rows: 1 GiB."""
+HEAD_KEPT_GPU = 2**31 - 1
+"""Most logits whose gradient `head_loss` keeps on a GPU, in bf16: 4 GiB, and what 32 bits number."""
 LOGITS = 2**19
-"""Logits of one piece of `head_loss`: 2 MiB in float32, about what second-level caches hold."""
+"""Logits of one piece of `head_loss` on a CPU: 2 MiB in float32, about what second-level caches hold."""
+LOGITS_GPU = 2**26
+"""The same on a GPU where nothing is compiled: 256 MiB in float32."""
 ROUND = 16
 """On a CPU slots are filled up to a multiple of this, and where a product is oneDNN's also its targets or the tokens of
 an expert: oneDNN compiles a kernel for every new shape, about 0.3 ms each, and keeps a thousand."""
@@ -141,12 +145,12 @@ def memory_bytes(
         layers = again + layers[recompute:]
     # the head: input and result of the last norm, rows with a target
     top = slots * d * (4 + size) + shape.targets * d * 8.0
-    chunk = HEAD_CHUNK if cpu else HEAD_CHUNK_GPU
+    chunk = HEAD_CHUNK if cpu else HEAD_KEPT_GPU if size == 2 else HEAD_CHUNK_GPU
     logits = 4.0 * min(shape.targets * cfg.vocab_size, chunk)
-    softmax = 3 * logits if cpu or size == 4 else 3.5 * logits
-    if cpu and size == 2:
+    softmax = 3 * logits
+    if size == 2:
         # head_loss: gradient of the logits in bf16, and the weights' gradient or one piece of the logits in float32
-        ends, piece = cfg.vocab_size * d, min(LOGITS, logits / 4)
+        ends, piece = cfg.vocab_size * d, min(LOGITS if cpu else 0.0 if compiled else LOGITS_GPU, logits / 4)
         softmax = logits / 2 + (4 * ends if native else 2 * ends + max(10.0 * piece, 6.0 * ends))
     kept = shared + front + top + sum(b.kept for b in layers)
     gradients = 4.0 * cfg.vocab_size * d
