@@ -1,8 +1,9 @@
 """Other people's decoders as training steps of one shape, imported from check-outs beside the project.
 
-No code of theirs is here: an adapter builds the peer's own model with the peer's own settings, and the patches named
-below are made at run time. All get torch's fused AdamW (the fastest on a CPU) and torch's clip, so that what differs is
-the model. Precision: float32, or the peer's own bf16 path, or bf16 autocast where it has none for CPUs.
+No code of theirs is here: an adapter builds the peer's own model with the peer's own settings on the device of the
+data, and the patches named below are made at run time. All get torch's fused AdamW (the fastest on a CPU, and what
+nanoGPT builds for itself on a GPU) and torch's clip, so that what differs is the model. Precision: float32, or the
+peer's own bf16 path, or bf16 autocast where it has none.
 
 B rows, L slots per row
 """
@@ -27,6 +28,7 @@ from isofusion.errors import InputError
 from isofusion.train.step import precision_context
 
 Step = Callable[[], object]
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 0.1
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ def linear_weights(model: nn.Module) -> int:
 
 
 def nanogpt(folder: Path, shape: Shape, precision: str, compiled: bool, data: tuple[Tensor, Tensor]) -> Peer:
-    """karpathy/nanoGPT without dropout and biases; `torch.compile(model)` as its train.py does."""
+    """karpathy/nanoGPT without dropout and biases; `torch.compile(model)` as its train.py does.
+
+    Its own `configure_optimizers`, told that the device is a GPU: there it chooses the fused AdamW, here on CPUs too.
+    """
     module = _import("model", folder)
     config = module.GPTConfig(
         block_size=shape.context,
@@ -84,18 +89,20 @@ def nanogpt(folder: Path, shape: Shape, precision: str, compiled: bool, data: tu
         dropout=0.0,
         bias=False,
     )
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), data[0].device:
         model = module.GPT(config)
+        optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, device_type="cuda")
     run = torch.compile(model) if compiled else model
     ids, targets = data
-    return _peer(model, shape, lambda: run(ids, targets)[1], precision)
+    return _peer(model, shape, lambda: run(ids, targets)[1], precision, ids.device, optimizer)
 
 
 def nanochat(folder: Path, shape: Shape, precision: str, compiled: bool, data: tuple[Tensor, Tensor]) -> Peer:
     """karpathy/nanochat, full attention in every layer (its window would be a mask on CPUs); bf16 is its own switch.
 
     `torch.compile(model, dynamic=False)` as its base_train.py does. Its optimizer, Muon on the matrices, is left out:
-    the products inside Muon are no FLOPs of the model, and would count against it.
+    the products inside Muon are no FLOPs of the model, and would count against it. On a Hopper GPU it loads
+    FlashAttention 3 from a hub if it can, and uses PyTorch's attention if not.
     """
     os.environ["NANOCHAT_DTYPE"] = "bfloat16" if precision == "bf16" else "float32"
     module = _import("nanochat.gpt", folder)
@@ -111,11 +118,11 @@ def nanochat(folder: Path, shape: Shape, precision: str, compiled: bool, data: t
     )
     with torch.device("meta"):
         model = module.GPT(config)
-    model.to_empty(device="cpu")
+    model.to_empty(device=data[0].device)
     model.init_weights()
     run = torch.compile(model, dynamic=False) if compiled else model
     ids, targets = data
-    return _peer(model, shape, lambda: run(ids, targets), "fp32")  # no autocast: it casts by itself
+    return _peer(model, shape, lambda: run(ids, targets), "fp32", ids.device)  # no autocast: it casts by itself
 
 
 def olmo_core(folder: Path, shape: Shape, precision: str, compiled: bool, data: tuple[Tensor, Tensor]) -> Peer:
@@ -135,24 +142,35 @@ def olmo_core(folder: Path, shape: Shape, precision: str, compiled: bool, data: 
         qk_norm=True,
         layer_norm_eps=1e-6,
     )
-    model = wanted.build(init_device="cpu")
-    model.init_weights(device=torch.device("cpu"), max_seq_len=shape.context)
+    device = data[0].device
+    model = wanted.build(init_device=str(device))
+    model.init_weights(device=device, max_seq_len=shape.context)
     if compiled:
         model.apply_compile()
     ids, targets = data
-    return _peer(model, shape, lambda: model(ids, labels=targets, return_logits=False).loss, precision)
+    return _peer(model, shape, lambda: model(ids, labels=targets, return_logits=False).loss, precision, device)
 
 
 PEERS = {"nanogpt": nanogpt, "nanochat": nanochat, "olmo-core": olmo_core}
 
 
-def _peer(model: nn.Module, shape: Shape, loss_of: Callable[[], Tensor], precision: str) -> Peer:
+def _peer(
+    model: nn.Module,
+    shape: Shape,
+    loss_of: Callable[[], Tensor],
+    precision: str,
+    device: torch.device,
+    own: torch.optim.Optimizer | None = None,
+) -> Peer:
+    """`own`: the peer's optimizer, where torch's fused AdamW would not be the same."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = own or torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+    )
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with precision_context(precision):
+        with precision_context(precision, device.type):
             loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

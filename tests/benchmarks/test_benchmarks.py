@@ -42,40 +42,11 @@ def run(module: ModuleType, tmp_path: Path, text: str) -> tuple[int, dict[str, A
     return code, json.loads(out.read_text())
 
 
-# A peer that nobody has to fetch: nanoGPT's interface with the smallest possible model in it.
-STAND_IN = """
-from dataclasses import dataclass
-import torch
-from torch import nn
-from torch.nn import functional as F
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.Sequential(*(nn.Linear(config.n_embd, 12 * config.n_embd, bias=False),
-                                      nn.Linear(12 * config.n_embd, config.n_embd, bias=False)))
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-    def forward(self, ids, targets):
-        logits = self.head(self.layers(self.embed(ids)))
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-"""
-
-
 @pytest.mark.parametrize("benchmark", ["peers"], indirect=True)
 def test_peers_compares_with_the_peer_it_is_given(
-    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    benchmark: ModuleType, tmp_path: Path, stand_in: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "model.py").write_text(STAND_IN)
-    code, result = run(benchmark, tmp_path, f"--nanogpt {tmp_path} --modes eager {TINY}")
+    code, result = run(benchmark, tmp_path, f"--nanogpt {stand_in} --modes eager {TINY}")
     assert "nanochat: left out, no --nanochat DIR was given" in capsys.readouterr().out
     mine, peer = result["rows"]
     assert (mine["model"], peer["model"]) == ("isofusion", "nanogpt")
@@ -84,7 +55,7 @@ def test_peers_compares_with_the_peer_it_is_given(
     assert peer["flops_per_token"] == pytest.approx(6 * weights + 12 * 16 * 1 * 129 / 2)
     assert peer["isofusion_over_this"]["median"] > 0
     assert result["verdict"]["met"] is (code == 0)
-    sys.modules.pop("model", None)
+    assert sys.modules["model"].ASKED == ["cuda"]  # its own optimizer, the fused one
 
 
 @pytest.mark.parametrize("benchmark", ["peers"], indirect=True)
