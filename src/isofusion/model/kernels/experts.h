@@ -31,30 +31,45 @@ void route(const Q* x, const float* router, float* share, long T, long D, long E
 template <class Q>
 void route_backward(const float* grad, const Q* x, const float* router, const float* share, Q* to_x, float* to_router, long T,
                     long D, long E, int threads) {
+    constexpr long SIDE = 4;  // slots and experts that meet at once: every number read takes part in four products
+    const long line = up(D), experts = (E + SIDE - 1) / SIDE * SIDE;
     threads = useful(T * D, threads);
     std::vector<float> sums(size_t(threads) * E * D);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int p = 0; p < threads; p++) {
         const Piece mine = piece(T, threads, p);
-        std::vector<float> row(D), back(D), own(E * D, 0.0f);
-        for (long t = mine.from; t < mine.to; t++) {
-            float along = 0.0f;
-            for (long e = 0; e < E; e++) along += grad[t * E + e] * share[t * E + e];
-            for (long d = 0; d < D; d++) row[d] = load(x + t * D + d);
-            std::fill(back.begin(), back.end(), 0.0f);
-            for (long e = 0; e < E; e++) {
-                const float of = share[t * E + e] * (grad[t * E + e] - along);
-                const float* w = router + e * D;
-                float* to = own.data() + e * D;
-#pragma omp simd
-                for (long d = 0; d < D; d++) {
-                    back[d] += of * w[d];
-                    to[d] += of * row[d];
-                }
+        Numbers rows, backs, weights, owns;
+        rows.zeros(SIDE * line), backs.zeros(SIDE * line), weights.zeros(experts * line), owns.zeros(experts * line);
+        float *row = rows.data(), *back = backs.data(), *weight = weights.data(), *own = owns.data();
+        for (long e = 0; e < E; e++) std::copy(router + e * D, router + (e + 1) * D, weight + e * line);
+        std::vector<float> of(SIDE * experts);
+        for (long t = mine.from; t < mine.to; t += SIDE) {
+            const long slots = std::min(SIDE, mine.to - t);
+            std::fill(back, back + SIDE * line, 0.0f);
+            std::fill(of.begin(), of.end(), 0.0f);
+            for (long i = 0; i < slots; i++) {
+                const float *g = grad + (t + i) * E, *s = share + (t + i) * E;
+                float along = 0.0f;
+                for (long e = 0; e < E; e++) along += g[e] * s[e];
+                for (long e = 0; e < E; e++) of[e * SIDE + i] = s[e] * (g[e] - along);
+                for (long d = 0; d < D; d++) row[i * line + d] = load(x + (t + i) * D + d);
             }
-            for (long d = 0; d < D; d++) store(to_x + t * D + d, back[d]);
+            for (long e = 0; e < experts; e += SIDE)
+                for (long d = 0; d < line; d += LANES) {
+                    vec r[SIDE], b[SIDE];
+                    for (long i = 0; i < SIDE; i++) r[i] = at(row + i * line + d), b[i] = at(back + i * line + d);
+                    for (long j = e; j < e + SIDE; j++) {
+                        const vec w = at(weight + j * line + d);
+                        vec to = at(own + j * line + d);
+                        for (long i = 0; i < SIDE; i++) b[i] += of[j * SIDE + i] * w, to += of[j * SIDE + i] * r[i];
+                        at(own + j * line + d) = to;
+                    }
+                    for (long i = 0; i < SIDE; i++) at(back + i * line + d) = b[i];
+                }
+            for (long i = 0; i < slots; i++)
+                for (long d = 0; d < D; d++) store(to_x + (t + i) * D + d, back[i * line + d]);
         }
-        std::copy(own.begin(), own.end(), sums.begin() + size_t(p) * E * D);
+        for (long e = 0; e < E; e++) std::copy(own + e * line, own + e * line + D, sums.begin() + (p * E + e) * D);
     }
     for (long i = 0; i < E * D; i++) to_router[i] = 0.0f;
     for (int p = 0; p < threads; p++)
