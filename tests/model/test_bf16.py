@@ -49,6 +49,15 @@ def test_the_loss_of_the_head_and_its_gradient(way: str, monkeypatch: pytest.Mon
         assert (got - wanted).norm() < 0.006 * wanted.norm()
 
 
+def test_on_a_gpu_it_asks_the_device_nothing() -> None:
+    """Meta tensors have no values to ask for."""
+    hidden, weight = (torch.empty(n, 16, device="meta", requires_grad=True) for n in (10, 30))
+    loss = head_loss(hidden, weight, torch.empty(10, dtype=torch.int64, device="meta"))
+    loss.sum().backward()
+    assert loss.is_meta
+    assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)
+
+
 def test_shapes_come_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every new shape is a kernel that oneDNN compiles: targets go in sixteens."""
     monkeypatch.setattr(native, "available", lambda: False)

@@ -358,11 +358,12 @@ def test_the_gain_of_a_norm_is_summed_over_all_slots(slots: int) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("betas", [0.95, 0.99999])
 @pytest.mark.parametrize("numbers", [1, 7, 40_001])  # the last is shared by threads
-def test_adamw_takes_the_steps_of_pytorchs_in_float64(numbers: int) -> None:
+def test_adamw_takes_the_steps_of_pytorchs_in_float64(numbers: int, betas: float) -> None:
     weight, moments = noise(numbers), torch.zeros(2, numbers)
     exact = torch.nn.Parameter(weight.double())
-    settings: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
+    settings: dict[str, Any] = {"lr": 0.02, "betas": (0.9, betas), "eps": 1e-8, "weight_decay": 0.3}
     optimizer, scale = torch.optim.AdamW([exact], **settings), 0.37
     for step in range(1, 9):
         grad = noise(numbers, seed=step) * 10.0**-step
@@ -372,7 +373,22 @@ def test_adamw_takes_the_steps_of_pytorchs_in_float64(numbers: int) -> None:
         state = optimizer.state[exact]
         pairs = zip((weight, *moments), (exact.detach(), state["exp_avg"], state["exp_avg_sq"]), strict=True)
         for ours, theirs in pairs:
-            torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=1e-6 * float(theirs.abs().max()))
+            torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
+@needs_native
+def test_adamw_is_equal_to_the_bit_on_any_number_of_threads() -> None:
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            tensors = [noise(40_001, seed=seed).abs() for seed in range(4)]
+            native.adamw_(*tensors, step=3, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+            results.append(tensors)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @needs_native

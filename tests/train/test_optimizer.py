@@ -123,3 +123,15 @@ def test_a_run_may_change_between_the_kernels_and_pytorch(monkeypatch: pytest.Mo
         assert other.keys() == ends[0].keys()
         for name, value in ends[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
+def test_a_graph_of_the_weights_before_the_step_is_refused() -> None:
+    model = Tiny().float()
+    optimizer = build_optimizer(model, CFG, TrainConfig(lr=0.01), RULES)
+    loss = (model.embed * torch.ones(3, requires_grad=True)).sum()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -18,10 +18,11 @@ from isofusion.data import patches
 from isofusion.data.index import index_file, is_indexed, source_files
 from isofusion.data.stream import data_folder, finite_sources
 from isofusion.errors import InputError
+from isofusion.processors import end_with_parent
 
 LEAST = 64 << 20  # bytes of files: 5 s for one core (Zen 5, small JPEGs and PNGs); processes take about half a second
 
-_left: Any = None  # bytes of patches that may still be stored, by source and split
+_left: list[Any] = []  # Arrays: bytes of patches that may still be stored, by source and split
 
 
 def index(data: DataConfig, splits: Iterable[str], processes: int, least: int = LEAST) -> int:
@@ -33,31 +34,29 @@ def index(data: DataConfig, splits: Iterable[str], processes: int, least: int = 
     """
     shape, folder = patches.Shape(data.image_size, data.patch_size), data_folder(data)
     parts = [(source, split) for split in splits for source in finite_sources(data, split)]
-    todo = [
-        (path, source.format, number)
-        for number, (source, split) in enumerate(parts)
-        for path in source_files(source, folder, split)
-        if not is_indexed(path, source.format)
-    ]
+    files = [[(path, s.format) for path in source_files(s, folder, split)] for s, split in parts]
+    todo = [(*file, number) for number, some in enumerate(files) for file in some if not is_indexed(*file)]
     if len(todo) < 2 or processes < 2 or sum(path.stat().st_size for path, *_ in todo) < least:
         return 0
     context = multiprocessing.get_context("spawn")
-    left = context.Array("q", [patches.STORE_BYTES] * len(parts))
+    left = [context.Array("q", [patches.STORE_BYTES]) for _ in parts]
+    for number, some in enumerate(files):  # what is there counts first
+        for file in some:
+            if is_indexed(*file):
+                index_file(*file, shape, patches.Budget(shared=left[number]))
     with (
         suppress(BrokenProcessPool),  # killed, for its memory perhaps: one by one it may go
         ProcessPoolExecutor(min(processes, len(todo)), context, _start, (left,)) as pool,
     ):
         list(pool.map(_index, *zip(*todo, strict=True), [shape] * len(todo)))
-    return len(todo)
+    return sum(is_indexed(path, format) for path, format, _ in todo)
 
 
-def _start(left: Any) -> None:
-    global _left
-    _left = left
+def _start(left: list[Any]) -> None:
+    end_with_parent()
+    _left[:] = left
 
 
 def _index(path: Path, format: str, number: int, shape: patches.Shape) -> None:
     with suppress(InputError):
-        images = len(index_file(path, format, shape, _left[number]).image_hash)
-        with _left.get_lock():
-            _left[number] -= images * shape.bytes
+        index_file(path, format, shape, patches.Budget(shared=_left[number]))

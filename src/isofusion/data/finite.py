@@ -27,6 +27,7 @@ from isofusion.errors import InputError
 
 VERSION = 1
 BATCH = 512  # texts tokenised at once
+OPEN = 64  # stores of patches of a source that are mapped at a time: each holds a file open
 
 
 class Documents:
@@ -106,18 +107,22 @@ class ImageStore:
         self.documents, self.shape = documents, shape
         self.n, self.patch_dim = shape.per_image
         self.image_ptr = documents.index.image_ptr()
-        self._recent = cache.Recent(2048)
-        files, left = documents.index.files, patches.STORE_BYTES
+        self._recent, self._open = cache.Recent(2048), cache.Recent(OPEN)
+        files = documents.index.files
         self._start = np.cumsum([0] + [len(file.image_hash) for file in files])  # images before each file
-        self._stores: list[np.ndarray | None] = []
-        for f, file in enumerate(files):
+        self._stores: list[Path | None] = [None] * len(files)
+        budget, missing = patches.Budget(patches.STORE_BYTES), []
+        for f, file in enumerate(files):  # those that are there first: another file must not displace them
             count = len(file.image_hash)
-            store = None
-            if 0 < count * shape.bytes <= left:
-                left -= count * shape.bytes
-                path = patches.place(file.sha256, file.format, shape)
-                store = patches.ensure(path, count, shape, lambda f=f: self._samples(f))  # type: ignore[misc]
-            self._stores.append(store)
+            path = patches.place(file.sha256, file.format, shape)
+            if count and not patches.is_whole(path, count, shape):
+                missing.append((f, count, path))
+            elif count and budget.take(count * shape.bytes):
+                self._stores[f] = path
+        for f, count, path in missing:
+            if budget.take(count * shape.bytes):
+                patches.ensure(path, count, shape, lambda f=f: self._samples(f))  # type: ignore[misc]
+                self._stores[f] = path
 
     def _samples(self, f: int) -> Iterator[list[np.ndarray]]:
         for d in range(int(self.documents.index.first[f]), int(self.documents.index.first[f + 1])):
@@ -138,7 +143,9 @@ class ImageStore:
         if first == last:
             return np.zeros((0, self.patch_dim), np.uint8)
         f = self.documents.place(d)[0]
-        if (store := self._stores[f]) is not None:
+        if (path := self._stores[f]) is not None:
+            count = int(self._start[f + 1] - self._start[f])
+            store = self._open.get(f, lambda: patches.mapped(path, count, self.shape))
             at = int(self.image_ptr[d] - self._start[f])
             block = np.asarray(store[at + first : at + last])
         else:

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from isofusion.config import DataConfig
 from isofusion.data.endless import BLOCK, WorldSource
 from isofusion.data.stream import Stream
+from isofusion.processors import end_with_parent
 
 _stream: Stream | None = None
 
@@ -45,6 +46,7 @@ def generate(data: DataConfig, seeds: Iterable[int], rows_per_step: int, steps: 
 
 def _open(data: DataConfig, seed: int, rows_per_step: int) -> None:
     global _stream
+    end_with_parent()
     _stream = Stream(data, seed, "train", rows_per_step)
 
 

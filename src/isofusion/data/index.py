@@ -85,14 +85,19 @@ _ARRAYS = (
 
 
 def index_file(
-    path: Path, format: str, shape: patches.Shape | None = None, limit: int = patches.STORE_BYTES
+    path: Path, format: str, shape: patches.Shape | None = None, budget: patches.Budget | None = None
 ) -> FileIndex:
     """Index of one file, from the cache when path, size and modification time are the same. Raises InputError.
 
-    Where it is built, the patches of its images are stored on the way, in this `shape` and up to `limit` bytes.
+    Where it is built, the patches of its images are stored on the way in this `shape`, if they fit the `budget`
+    (default: patches.STORE_BYTES); where it is there, a store that is there too is taken from it.
     """
+    budget = budget or patches.Budget(patches.STORE_BYTES)
     place, stat = _place(path, format)
     if (found := _load(place, path)) is not None:
+        images = len(found.image_hash)
+        if shape is not None and patches.is_whole(patches.place(found.sha256, format, shape), images, shape):
+            budget.take(images * shape.bytes)
         return found
     reader = open_reader(path, format)
     prepare = getattr(reader, "plain", None)  # unpacks compressed lines under its own lock, before ours
@@ -103,11 +108,11 @@ def index_file(
             return found
         with contextlib.ExitStack() as stack:
             writer = None
-            if shape is not None and limit > 0:
+            if shape is not None:
                 near = patches.place(place.stem, format, shape)  # the contents are not known yet
-                writer = stack.enter_context(contextlib.closing(patches.Writer(near, limit)))
+                writer = stack.enter_context(contextlib.closing(patches.Writer(near, budget)))
             index = _build(reader, path, format, stat.st_size, stat.st_mtime_ns, shape, writer)
-            if writer is not None and shape is not None and len(index.image_hash):
+            if writer is not None and shape is not None and _place(path, format)[0] == place:  # it did not change
                 writer.keep(patches.place(index.sha256, format, shape))
         head = {
             k: getattr(index, k) for k in ("format", "size", "mtime_ns", "sha256", "keys", "bad", "examples", "unread")
@@ -341,10 +346,8 @@ def index_source(
 
     Raises InputError: no file, or too much of it bad.
     """
-    files, left = [], patches.STORE_BYTES
-    for path in source_files(source, folder, split):
-        files.append(index_file(path, source.format, shape, left))
-        left -= len(files[-1].image_hash) * (shape.bytes if shape is not None else 0)
-    index = SourceIndex(source.name, source.format, tuple(files))
+    budget = patches.Budget(patches.STORE_BYTES)
+    files = tuple(index_file(path, source.format, shape, budget) for path in source_files(source, folder, split))
+    index = SourceIndex(source.name, source.format, files)
     index.refuse_if_bad(max_bad_share)
     return index

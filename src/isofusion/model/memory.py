@@ -151,7 +151,7 @@ def memory_bytes(
     if size == 2:
         # head_loss: gradient of the logits in bf16, and the weights' gradient or one piece of the logits in float32
         ends, piece = cfg.vocab_size * d, min(LOGITS if cpu else 0.0 if compiled else LOGITS_GPU, logits / 4)
-        softmax = logits / 2 + (4 * ends if native else 2 * ends + max(10.0 * piece, 6.0 * ends))
+        softmax = logits / 2 + (4 * ends if native else 2 * ends + max((10.0 if cpu else 17.0) * piece, 6.0 * ends))
     kept = shared + front + top + sum(b.kept for b in layers)
     gradients = 4.0 * cfg.vocab_size * d
     # the head's gradient is there at its second chunk

@@ -455,5 +455,6 @@ def adamw_(
 ) -> None:
     """Update number `step` (from 1) of AdamW, in place, with `scale` times the gradient. All float32 and contiguous."""
     beta1, beta2 = betas
-    constants = (scale, 1 - lr * weight_decay, beta1, beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps)
+    rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    constants = (scale, 1 - lr * weight_decay, 1 - beta1, 1 - beta2, rate, root, eps)
     _call("adamw", weight.dtype, weight, grad.contiguous(), mean, square, weight.numel(), *constants)

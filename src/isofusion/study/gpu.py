@@ -77,7 +77,8 @@ def gpu_split(spec: StudySpec, free: float, available: int, jobs: int | None, th
             f"lower one of them"
         )
     os.environ.setdefault("ISOFUSION_MEMORY_GB", f"{max(0.1, budget / jobs - CONTEXT_BYTES) / 1e9:.2f}")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # the number of targets varies
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # the number of targets varies
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, available // jobs)))
     return jobs, threads
 

@@ -62,8 +62,10 @@ class AdamW(torch.optim.AdamW):
 
     grad_scale: Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
-        super().__init__(groups, fused=True, **settings)
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -84,6 +86,7 @@ class AdamW(torch.optim.AdamW):
                 scale=scale,
                 **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
             )
+        torch.autograd.graph.increment_version([p for p, *_ in members])  # what was saved for a backward pass is gone
         return None
 
 

@@ -134,8 +134,10 @@ def clip_and_step(optimizer: torch.optim.Optimizer, clip: float, norm: Tensor) -
     """Update with gradients scaled down to a global norm of `clip`; `norm`: what it is, finite, on their device."""
     if isinstance(optimizer, AdamW) and not _sharded(optimizer):
         optimizer.grad_scale = (norm.float() / clip).clamp(min=1.0)
-        optimizer.step()
-        optimizer.grad_scale = None
+        try:
+            optimizer.step()
+        finally:
+            optimizer.grad_scale = None
         return
     if float(norm) > clip:  # the fused kernel takes no plain scale beside sharded tensors
         torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip, norm, foreach=True)

@@ -84,9 +84,9 @@ void sort_choices_i64(const int64_t* expert, const bool* real, const int64_t* mo
     sort_choices(expert, real, modality, counts, edges, order, place, T, C, E);
 }
 double sum_of_squares(const float* x, long n, int threads) { return squares(x, n, threads); }
-void adamw_f32(float* weight, const float* grad, float* mean, float* square, long n, float scale, float kept, float beta1,
-               float beta2, float rate, float root, float eps, int threads) {
-    adamw(weight, grad, mean, square, n, scale, kept, beta1, beta2, rate, root, eps, threads);
+void adamw_f32(float* weight, const float* grad, float* mean, float* square, long n, float scale, float kept, float fresh1,
+               float fresh2, float rate, float root, float eps, int threads) {
+    adamw(weight, grad, mean, square, n, scale, kept, fresh1, fresh2, rate, root, eps, threads);
 }
 void head_loss_bf16(bf16* logits, const int64_t* targets, float* nll, long n, long V, int threads) {
     head_loss(logits, targets, nll, n, V, threads);

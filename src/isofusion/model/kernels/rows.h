@@ -106,9 +106,10 @@ double squares(const float* x, long n, int threads) {
 }
 
 // One update of AdamW (arXiv 1711.05101, algorithm 2, as PyTorch's): the gradient counts `scale` times, the weight first
-// shrinks to `kept` of itself; rate = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t).
-void adamw(float* weight, const float* grad, float* mean, float* square, long n, float scale, float kept, float beta1,
-           float beta2, float rate, float root, float eps, int threads) {
+// shrinks to `kept` of itself; fresh1 = 1 - beta1, fresh2 = 1 - beta2, of which float32 has more digits than of the betas;
+// rate = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t).
+void adamw(float* weight, const float* grad, float* mean, float* square, long n, float scale, float kept, float fresh1,
+           float fresh2, float rate, float root, float eps, int threads) {
     threads = useful(n, threads);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int p = 0; p < threads; p++) {
@@ -116,7 +117,7 @@ void adamw(float* weight, const float* grad, float* mean, float* square, long n,
 #pragma omp simd
         for (long i = mine.from; i < mine.to; i++) {
             const float g = grad[i] * scale;
-            const float m = mean[i] + (1.0f - beta1) * (g - mean[i]), s = beta2 * square[i] + (1.0f - beta2) * g * g;
+            const float m = mean[i] + fresh1 * (g - mean[i]), s = square[i] + fresh2 * (g * g - square[i]);
             mean[i] = m;
             square[i] = s;
             weight[i] = kept * weight[i] - rate * m / (std::sqrt(s) * root + eps);
