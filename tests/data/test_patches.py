@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +131,61 @@ def test_many_files_are_indexed_at_once_to_the_same_index(
     monkeypatch.setattr(finite, "decode", None)
     assert np.array_equal(contents(again), wanted)
     assert ahead.index(data, ("train",), processes=2, least=0) == 0
+
+
+def test_few_files_are_open_at_a_time(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "OPEN", 3)
+    for i in range(12):
+        files.tar(tmp_path / f"data/{i:02}.tar", samples(files, 2 * i, 2))
+    store = ImageStore(Documents(indexed(tmp_path / "data")), SHAPE)
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else pytest.skip("no /proc here")
+    for d in range(24):
+        assert np.array_equal(store.patches(d, 0, 1), SHAPE.cut(decode(files.image(d))))
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = patches.Budget(1000)
+    writer = patches.Writer(tmp_path / "store/x.u8", budget)
+    writer.add([np.zeros(4, np.uint8)])
+
+    class Full:
+        def write(self, data: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        close = write
+
+        def __init__(self) -> None:
+            self.close = lambda: self.write(b"")
+
+    writer._file.close()
+    writer._file = Full()
+    with pytest.raises(RunFailure, match="free some space"), closing(writer):
+        writer.add([np.zeros(4, np.uint8)])
+    assert not list((tmp_path / "store").iterdir())
+    assert budget.take(1000)  # given back
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    near = tmp_path / "x.u8"
+    (tmp_path / ".x.u8.1-1.tmp").write_bytes(b"left")
+    (tmp_path / ".y.u8.1-1.tmp").write_bytes(b"another's")
+    with closing(patches.Writer(near, patches.Budget(10))) as writer:
+        writer.add([np.zeros(4, np.uint8)])
+        writer.keep(near)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [".y.u8.1-1.tmp", "x.u8"]
+
+
+def test_processes_share_one_limit(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six files in two processes, as many are stored as fit."""
+    for i in range(6):
+        files.tar(tmp_path / f"data/{i}.tar", samples(files, 3 * i, 3))
+    monkeypatch.setattr(patches, "STORE_BYTES", 7 * SHAPE.bytes)
+    source = {"name": "s", "domain": "caption", "format": "webdataset", "weight": 1, "train": ("*.tar",)}
+    data = DataConfig(folder=str(tmp_path / "data"), sources=(source,), image_size=16, patch_size=8)
+    assert ahead.index(data, ("train",), processes=2, least=0) == 6
+    kept = stores(tmp_path)
+    assert 1 <= len(kept) <= 2
+    contents(indexed(tmp_path / "data"))
+    assert len(stores(tmp_path)) == 2
+    assert set(kept) <= set(stores(tmp_path))  # those there are used first

@@ -47,7 +47,7 @@ class Shape:
 
 
 class Budget:
-    """Bytes that stores may take; what is not kept is given back. `shared`: an Array of multiprocessing that has them."""
+    """Bytes that stores may take; what is not kept is given back. `shared`: a multiprocessing Array of one."""
 
     def __init__(self, left: int = 0, shared: Any = None) -> None:
         self._left = [left] if shared is None else shared
