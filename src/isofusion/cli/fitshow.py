@@ -13,7 +13,7 @@ from rich.table import Table
 
 from isofusion.laws.analysis import Analysis, Refused
 from isofusion.laws.formanalysis import FormAnalysis
-from isofusion.laws.holdout import HoldOut
+from isofusion.laws.holdout import Beside, HoldOut
 from isofusion.laws.rollout import Rollout
 from isofusion.laws.sensitivity import Sensitivity
 
@@ -48,17 +48,16 @@ def show_form(a: FormAnalysis) -> None:
     out = _console()
     fit, result = a.fit, a.to_dict()
     _head(out, fit.label, a.notes, f"{len(fit.target)} rows; law {fit.law.name}, objective {fit.criterion.kind}")
-    _answers(out, list(a.answers), a.sensitivity)
+    _answers(out, list(a.answers))
     if a.no_answer:
         out.print(escape(a.no_answer))
     found = result["law"]["warnings"] + [w for row in a.answers for w in row["warnings"]]
     _warnings(out, found)
     _section(out, f"The law: {fit.law.target} = {fit.law.formula}")
-    table = _table("parameter", "value", "standard error", "95 % interval", "unit")
+    table = _table("parameter", "value", "95 % interval", "unit")
     for p in fit.law.parameters:
-        error, span = fit.errors.get(p.name, math.nan), a.intervals.get(p.name)
-        told = "fixed" if p.name in fit.fixed else f"{error:.3g}" if math.isfinite(error) else "-"
-        table.add_row(p.name, f"{fit.params[p.name]:.6g}", told, _span(span, "{:.4g}".format), p.unit)
+        span = "fixed" if p.name in fit.fixed else _span(a.intervals.get(p.name), "{:.4g}".format)
+        table.add_row(p.name, f"{fit.params[p.name]:.6g}", span, p.unit)
     out.print(table)
     out.print(f"[dim]{escape(fit.law.source)}[/]")
     out.print(f"[dim]intervals: {escape(a.resampled)}; residual spread {100 * fit.residual_spread:.3g} %[/]")
@@ -80,10 +79,11 @@ def _section(out: Console, title: str) -> None:
     out.print(f"\n[bold]{escape(title)}[/]")
 
 
-def _table(*names: str, words: Sequence[int] = (0,)) -> Table:
+def _table(*names: str, words: Sequence[int] = (0,), wraps: bool = False) -> Table:
+    """Columns of `words` are set left, and wrap where the terminal is narrow; numbers do only if `wraps`."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i in words else "right", no_wrap=i not in words)
+        table.add_column(name, justify="left" if i in words else "right", no_wrap=not wraps and i not in words)
     return table
 
 
@@ -93,12 +93,14 @@ def _head(out: Console, label: str, notes: Sequence[str], text: str) -> None:
         out.print(f"[yellow]note[/] {escape(note)}")
 
 
-def _answers(out: Console, answers: list[dict[str, Any]], choices: Sensitivity | Refused) -> None:
+def _answers(out: Console, answers: list[dict[str, Any]], choices: Sensitivity | Refused | None = None) -> None:
+    """`choices`: of the law whose answers these are."""
     _section(out, "The answer")
     if not answers:
         out.print("the law has no compute-optimal size at the runs' compute or ten times that")
         return
-    table = _table("compute", "N*, parameters", "D*, tokens", "tokens per parameter", "loss")
+    table = _table("compute", "N*, parameters", "D*, tokens", "tokens per parameter", "loss", wraps=True)
+    table.columns[0].no_wrap = True
     short: Show = "{:.3g}".format
     for row in answers:
         cells = [f"{row['compute']:.3g}"]
@@ -167,20 +169,20 @@ def _tests(out: Console, a: Analysis) -> None:
         runs = found["runs"] if isinstance(test, HoldOut) else sum(s["runs"] for s in found["steps"])
         hits = found["hit_rate"]
         if isinstance(test, HoldOut):
-            others = [found["baselines_reducible"][k] for k in BASELINES]
             name = f"held out: {found['held_out']}"
         else:
-            others = [found["baselines"][k]["mae_reducible"] for k in BASELINES]
             name += f" ({_count(len(test.steps), 'step')})"
-        cells = [percent(v) for v in (found["mae_reducible"], *others)]
-        table.add_row(escape(name), str(runs), f"[bold]{cells[0]}[/]", *cells[1:], percent(hits, 0))
+        others = [_beside(test.beside(k), runs) for k in BASELINES]
+        own = f"[bold]{percent(found['mae_reducible'])}[/]"
+        table.add_row(escape(name), str(runs), own, *others, percent(hits, 0))
         if isinstance(test, HoldOut) and test.no_interval:
             silent.append(f"[dim]{escape(test.no_interval)}[/]")
     if floor:
         out.print(table)
         out.print(
             f"[dim]mean absolute error of the loss above {escape(floor)}; carry over: the next smaller size's loss at "
-            "equal tokens; in interval: of 95 % prediction intervals[/]"
+            "equal tokens; in interval: of 95 % prediction intervals; (law ...): a baseline that predicts some of the "
+            "runs only, and the law on these[/]"
         )
     hits = [t.hit_rate for t in (a.held, a.rollouts["n"]) if not isinstance(t, Refused) and t.hit_rate is not None]
     if hits and min(hits) < LOW_HITS and len(set(a.runs.group)) == len(a.runs):
@@ -190,6 +192,13 @@ def _tests(out: Console, a: Analysis) -> None:
         )
     for line in silent:
         out.print(line)
+
+
+def _beside(found: Beside, runs: int) -> str:
+    """A baseline's error; where it predicts some of the runs only, the law's on these."""
+    if found.runs in (0, runs):
+        return percent(found.baseline)
+    return f"{percent(found.baseline)}\n[dim](law {percent(found.law)}, {_count(found.runs, 'run')})[/]"
 
 
 def _choices(out: Console, choices: Sensitivity | Refused) -> None:

@@ -65,10 +65,12 @@ def at_compute(intervals: Intervals, c: Array | float, *, cost: Cost | None = No
     fit = intervals.fit
     best = compute_optimal(fit, budgets, cost=cost)
     drawn = compute_optimal(fit, budgets, cost=cost, params=intervals.draws)
+    with np.errstate(over="ignore"):  # of draws that say nothing: infinite
+        drawn_ratio = drawn.d / drawn.n
     pairs = {
         "n": (best.n, drawn.n),
         "d": (best.d, drawn.d),
-        "tokens_per_parameter": (best.d / best.n, drawn.d / drawn.n),
+        "tokens_per_parameter": (best.d / best.n, drawn_ratio),
         "loss": (best.loss, drawn.loss),
     }
     out = {}

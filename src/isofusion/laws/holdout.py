@@ -21,7 +21,7 @@ from isofusion.errors import InputError
 from isofusion.laws.bootstrap import bootstrap, estimate_noise
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.frontier import envelope
-from isofusion.laws.table import Array, Runs, cell_means, clusters
+from isofusion.laws.table import SAME, Array, Runs, cell_means, clusters
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,18 @@ def accuracy(observed: Array, predicted: Array) -> Accuracy:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A baseline and the law on the `runs` that it predicts: mean errors in reducible loss, NaN without any."""
+
+    runs: int
+    baseline: float
+    law: float
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return {"runs": self.runs, "mae_reducible": _plain(self.baseline), "law_mae_reducible": _plain(self.law)}
+
+
+@dataclass(frozen=True)
 class HoldOut:
     """Predictions for held-out runs, arrays [h], by the law and by each baseline (NaN where a baseline has none)."""
 
@@ -71,6 +83,11 @@ class HoldOut:
         ok = np.isfinite(predicted)
         scale = self.held.loss - self.floor if reducible else self.held.loss
         return float(np.mean(np.abs(predicted - self.held.loss)[ok] / scale[ok])) if ok.any() else float("nan")
+
+    def beside(self, name: str) -> Beside:
+        """The law on the runs that a baseline predicts: what the baseline's own error is to be compared with."""
+        ok = np.isfinite(self.baselines[name])
+        return Beside(int(ok.sum()), self.error(self.baselines[name]), self.error(np.where(ok, self.predicted, np.nan)))
 
     def seeds_averaged(self) -> dict[str, float | int | None] | None:
         """Errors in reducible loss of the mean loss of each (N, D): the law's, carry-over's. None: nothing repeated."""
@@ -121,9 +138,7 @@ class HoldOut:
 
     def to_dict(self) -> dict[str, Any]:
         own = self.error(self.predicted)
-        baseline = self.baselines["carry_over"]
-        carry = self.error(baseline)
-        fair = self.error(np.where(np.isfinite(baseline), self.predicted, np.nan))  # on the rows the baseline predicts
+        fair = self.beside("carry_over")
         return {
             "held_out": self.what,
             "runs": len(self.held),
@@ -132,7 +147,8 @@ class HoldOut:
             "mae_loss": self.error(self.predicted, reducible=False),
             "accuracy": self.accuracy.to_dict(),
             "baselines_reducible": {name: _plain(self.error(values)) for name, values in self.baselines.items()},
-            "ratio_to_carry_over": _plain(fair / carry) if carry else None,
+            "beside_baselines": {name: self.beside(name).to_dict() for name in self.baselines},
+            "ratio_to_carry_over": _plain(fair.law / fair.baseline) if fair.baseline else None,
             "seeds_averaged": self.seeds_averaged(),
             "hit_rate": self.hit_rate,
             "level": None if self.low is None else 0.95,
@@ -203,7 +219,7 @@ def carry_over(train: Runs, test: Runs) -> Array:
     cluster = clusters(train.n)
     size, _, d, loss = cell_means(cluster, clusters(train.d), np.log(train.d), np.log(train.loss))
     means = np.bincount(cluster, train.n) / np.bincount(cluster)
-    smaller = np.searchsorted(means, test.n / 1.02) - 1  # the largest size clearly below each test run's, or -1
+    smaller = np.searchsorted(means, test.n / SAME) - 1  # the largest size clearly below each test run's, or -1
     at = np.log(test.d)
     for k in np.unique(smaller[smaller >= 0]):
         x, y = d[size == k], loss[size == k]

@@ -15,7 +15,7 @@ import numpy as np
 
 from isofusion.errors import InputError
 from isofusion.laws.fit import LawFit, fit_law
-from isofusion.laws.holdout import Accuracy, HoldOut, accuracy, hold_out
+from isofusion.laws.holdout import Accuracy, Beside, HoldOut, accuracy, hold_out
 from isofusion.laws.table import SAME, Array, Runs, clusters
 
 STEPS = 6
@@ -57,6 +57,13 @@ class Rollout:
         ok = np.isfinite(other)
         return float(own[ok].mean() / other[ok].mean()) if ok.any() and other[ok].mean() > 0 else None
 
+    def beside(self, name: str) -> Beside:
+        """The law on the runs of all steps that a baseline predicts."""
+        other, own = self.errors(name), self.errors()
+        ok = np.isfinite(other)
+        means = (float(e[ok].mean()) if ok.any() else float("nan") for e in (other, own))
+        return Beside(int(ok.sum()), *means)
+
     @property
     def accuracy(self) -> Accuracy:
         """MSE, R2 and MAE % over all held-out runs of all steps."""
@@ -81,6 +88,8 @@ class Rollout:
                     "mae_loss": _plain(self.error(k, reducible=False)),
                     "mae_reducible": _plain(self.error(k)),
                     "ratio_of_law": self.ratio(k),
+                    "runs": self.beside(k).runs,
+                    "law_mae_reducible": _plain(self.beside(k).law),
                 }
                 for k in BASELINES
             },

@@ -9,6 +9,7 @@ observed Figs. 23-24.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,19 @@ def domains_with_mean(a: Analysis) -> list[str]:
 
 
 def rows_of(values: list[dict[str, Any]]) -> alt.Data:
-    """Inline data as one JSON string: Altair copies structured values at every step of building a chart."""
-    return alt.Data(values=json.dumps(values), format=alt.DataFormat(type="json"))
+    """Inline data as one JSON string: Altair copies structured values at every step of building a chart.
+
+    What is infinite or no number has no place in a drawing: its row is left out.
+    """
+    try:
+        text = json.dumps(values, allow_nan=False)
+    except ValueError:
+        text = json.dumps([row for row in values if all(_drawable(v) for v in row.values())])
+    return alt.Data(values=text, format=alt.DataFormat(type="json"))
+
+
+def _drawable(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:

@@ -7,7 +7,7 @@ runs. One blue for the law, orange for what needs no law, grey for context; size
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import altair as alt
@@ -35,6 +35,7 @@ BUDGETS = 9
 NAMED = 5  # sizes or budgets that a legend names one by one; of more it shows round values
 CLOUD = 300  # bootstrap draws drawn
 POINTS = 700  # runs drawn at most
+SHOWN = 3.0  # powers of ten of an estimate within which draws set a log axis; those further off are cut
 NAMES = {"alpha": "α", "beta": "β", "E": "E, nats/token", "N*": "N*, parameters"}
 MARKS = {"carry_over": "carry over", "power_law": "k·C^c", "nearest": "nearest run"}
 
@@ -130,7 +131,9 @@ def _frontier(a: Analysis) -> list[dict[str, float]]:
     if a.intervals is None:
         return rows
     drawn = compute_optimal(a.fit, c[keep], cost=a.cost, params=a.intervals.draws)
-    for name, values in (("", drawn.loss), ("n_", drawn.n), ("ratio_", drawn.d / drawn.n)):
+    with np.errstate(over="ignore"):  # of draws that say nothing: infinite
+        ratio = drawn.d / drawn.n
+    for name, values in (("", drawn.loss), ("n_", drawn.n), ("ratio_", ratio)):
         low, high = a.intervals.quantiles(values)
         if not np.isfinite([low, high]).all():
             continue
@@ -329,11 +332,17 @@ def cloud(a: Analysis, layout: Layout) -> Chart | None:
 
 def _scatter(rows: list[dict[str, float]], x0: float, y0: float, xt: str, yt: str, width: int, log: bool) -> Chart:
     axis = style.log_axis if log else style.linear_axis
-    x = alt.X("x:Q", **axis([*(r["x"] for r in rows), x0], xt))
-    y = alt.Y("y:Q", **axis([*(r["y"] for r in rows), y0], yt))
-    dots = _chart(rows).mark_point(filled=True, size=12, opacity=0.35, color=BLUE).encode(x=x, y=y)
+    x = alt.X("x:Q", **axis(_about(x0, (r["x"] for r in rows), log), xt))
+    y = alt.Y("y:Q", **axis(_about(y0, (r["y"] for r in rows), log), yt))
+    dots = _chart(rows).mark_point(filled=True, size=12, opacity=0.35, color=BLUE, clip=True).encode(x=x, y=y)
     at = _chart([{"x": x0, "y": y0}]).mark_point(filled=True, size=80, color=ORANGE, stroke="white").encode(x=x, y=y)
     return layered(dots, at, width=width, height=230)
+
+
+def _about(estimate: float, draws: Iterable[float], log: bool) -> list[float]:
+    """What an axis must show: the estimate, and the draws; on a log axis those within SHOWN powers of ten of it."""
+    near = [v for v in draws if not log or (v > 0 and abs(math.log10(v) - math.log10(estimate)) <= SHOWN)]
+    return [estimate, *near]
 
 
 def hold_out(a: Analysis, layout: Layout) -> Chart | None:

@@ -18,7 +18,7 @@ import numpy as np
 from altair.utils.schemapi import debug_mode
 
 from isofusion.laws.analysis import Analysis, Refused
-from isofusion.laws.holdout import HoldOut
+from isofusion.laws.holdout import Beside, HoldOut
 from isofusion.laws.isoflop import IsoFlops
 from isofusion.laws.profile import Profile
 from isofusion.laws.rollout import Rollout
@@ -229,13 +229,17 @@ def _named(row: Choice) -> str:
     return pretty(name)
 
 
+def _of(found: Beside, runs: int) -> str:
+    return "" if found.runs == runs else f" (of the {found.runs} runs it predicts)"
+
+
 def holdout_caption(a: Analysis) -> str:
     """Error of the law against that of the baselines."""
     r = a.rollouts["n"]
     if isinstance(r, Rollout):
         rates = "" if r.hit_rate is None else f"; {percent(r.hit_rate, 0)} of them fall in their 95 % interval (bars)"
         others = [
-            f"{name} {percent(e, 2)}"
+            f"{name} {percent(e, 2)}{_of(r.beside(k), len(r.observed))}"
             for k, name in (
                 ("carry_over", "the next smaller size carried over"),
                 ("power_law", "k·C^c"),

@@ -114,6 +114,10 @@ def log_ticks(low: float, high: float) -> list[float]:
     return found
 
 
+LAST_POWER = 300.0
+"""Of ten, on a log axis: float64 ends soon after it."""
+
+
 def log_domain(values: Iterable[float], pad: float = 0.05) -> tuple[float, float]:
     """Ends of a log axis around the positive finite values, a little wider than they are."""
     good = [v for v in values if v is not None and math.isfinite(v) and v > 0]
@@ -121,7 +125,7 @@ def log_domain(values: Iterable[float], pad: float = 0.05) -> tuple[float, float
         return 1.0, 10.0
     low, high = math.log10(min(good)), math.log10(max(good))
     space = max((high - low) * pad, 0.05)
-    return 10 ** (low - space), 10 ** (high + space)
+    return 10 ** max(low - space, -LAST_POWER), 10 ** min(high + space, LAST_POWER)
 
 
 def log_axis(values: Iterable[float], title: str, pad: float = 0.05, plain: bool = False) -> dict[str, Any]:

@@ -13,9 +13,11 @@ DASH = "–"
 
 
 def si(value: float | None) -> str:
-    """Three significant digits with K, M, B or T."""
+    """Three significant digits with K, M, B or T; a power of ten far outside of these."""
     if value is None or not math.isfinite(value):
         return DASH
+    if abs(value) >= 1e16 or 0 < abs(value) < 1e-4:
+        return power(value)
     for size, unit in _UNITS:
         if abs(value) >= 0.9995 * size:
             return f"{three(value / size)}{unit}"

@@ -1,0 +1,93 @@
+"""What `fit` prints and draws: readable when narrow, compared on equal runs, and whole whatever one wild run does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isofusion.cli.main import main
+from isofusion.laws.holdout import carry_over
+from isofusion.laws.rollout import rollout
+from isofusion.laws.table import Runs
+
+SIZES, TOKENS = (3e7, 7.5e7, 1.8e8, 4.2e8, 1e9), (1e9, 4e9, 12e9, 36e9)
+
+
+def table(folder: Path, wild: float = 1.0, at: int = 7) -> Path:
+    """20 runs of one law; one loss is `wild` times too high."""
+    rng = np.random.default_rng(3)
+    lines = ["params,tokens,loss"]
+    for n in SIZES:
+        for d in TOKENS:
+            loss = (1.9 + 320 * n**-0.314 + 1970 * d**-0.338) * np.exp(rng.normal(0, 1e-3))
+            lines.append(f"{n:.0f},{d:.0f},{loss * (wild if len(lines) - 1 == at else 1.0):.6f}")
+    path = folder / "runs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def fit(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *map(str, arguments)])
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("wild", "at"), [(3.0, 7), (3.0, 0), (5.0, 7), (10.0, 19)])
+@pytest.mark.filterwarnings("error")
+def test_a_wild_run_costs_no_page(wild: float, at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "fit.html"
+    out = fit(capsys, table(tmp_path, wild, at), "--compute", "1e21", "--report", page)
+    assert "The answer" in out
+    text = page.read_text()
+    assert "Infinity" not in text
+    assert "00000000000" not in text.partition("<svg")[0]  # numbers of a hundred digits
+
+
+def test_an_answer_is_whole_in_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("isofusion.cli.fitshow.WIDTH", 80)
+    out = fit(capsys, table(tmp_path), "--compute", "1e21")
+    answer = out[out.index("The answer") : out.index("stable")]
+    assert "…" not in answer
+    assert max(map(len, answer.splitlines())) <= 80
+    assert len(re.findall(r"\bto\b", answer)) == 4
+
+
+def test_another_objective_does_not_show_the_default_laws_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = table(tmp_path)
+    assert "stable at" in fit(capsys, path, "--compute", "1e21")
+    out = fit(capsys, path, "--compute", "1e21", "--objective", "l2")
+    assert "stable at" not in out
+    assert "The default law beside it" in out
+
+
+def test_a_baseline_stands_beside_the_law_on_its_own_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens of the largest size are new for all but one of its runs: there is nothing to carry over."""
+    n, d = (x.ravel() for x in np.meshgrid(SIZES, TOKENS, indexing="ij"))
+    d = np.where((n == SIZES[-1]) & (d > 1e9), d * 50, d)
+    noise = np.where((n == SIZES[-1]) & (d > 1e9), 1.05, 1.0)  # which the law cannot know
+    loss = (1.9 + 320 * n**-0.314 + 1970 * d**-0.338) * noise
+    found = rollout(Runs.of(n, d, loss), "n", draws=0, steps=1)
+    carried: dict[str, Any] = found.to_dict()["baselines"]["carry_over"]
+    assert carried["runs"] == 1
+    assert carried["law_mae_reducible"] < 0.3 * found.to_dict()["mae_reducible"]
+    lines = ["params,tokens,loss", *(f"{a:.0f},{b:.0f},{c:.6f}" for a, b, c in zip(n, d, loss, strict=True))]
+    (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
+    assert ", 1 run)" in fit(capsys, tmp_path / "runs.csv")
+    step = json.loads(fit(capsys, tmp_path / "runs.csv", "--json"))["hold_out"]
+    assert step["beside_baselines"]["carry_over"]["runs"] == 1
+
+
+def test_a_twin_is_no_smaller_size() -> None:
+    train = Runs.of(np.array([1e8, 1e8, 2e8, 2e8]), np.array([1e9, 2e9] * 2), np.array([3.0, 2.9, 2.8, 2.7]))
+    test = Runs.of(np.array([2.06e8, 2.4e8]), np.array([1e9, 1e9]), np.array([2.8, 2.75]))
+    assert carry_over(train, test).tolist() == pytest.approx([3.0, 2.8])
