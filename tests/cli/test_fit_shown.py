@@ -91,3 +91,19 @@ def test_a_twin_is_no_smaller_size() -> None:
     train = Runs.of(np.array([1e8, 1e8, 2e8, 2e8]), np.array([1e9, 2e9] * 2), np.array([3.0, 2.9, 2.8, 2.7]))
     test = Runs.of(np.array([2.06e8, 2.4e8]), np.array([1e9, 1e9]), np.array([2.8, 2.75]))
     assert carry_over(train, test).tolist() == pytest.approx([3.0, 2.8])
+
+
+def test_standard_errors_weigh_another_form_and_the_default_law_says_that_they_do_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = table(tmp_path, wild=1.05)
+    lines = path.read_text().splitlines()
+    errors = ["stderr", *("1.0" if i == 7 else "0.003" for i in range(len(lines) - 1))]
+    path.write_text("\n".join(f"{line},{error}" for line, error in zip(lines, errors, strict=True)) + "\n")
+    assert "do not weigh the default law's runs" in " ".join(fit(capsys, path, "--se", "stderr").split())
+    laws = [
+        json.loads(fit(capsys, path, "--form", "chinchilla", "--objective", "l2", *more, "--json"))["law"]["parameters"]
+        for more in ([], ["--se", "stderr"])
+    ]
+    plain, weighed = (abs(law["beta"]["value"] - 0.338) for law in laws)
+    assert weighed < 0.2 * plain  # the wild run counts for nothing

@@ -116,6 +116,8 @@ def test_warnings_say_what_is_wrong(simulate: Callable[..., Runs], truth: Params
 def test_extrapolation_beyond_a_decade_is_flagged(simulate: Callable[..., Runs]) -> None:
     fit = fit_law(simulate(np.random.default_rng(0)))
     assert fit.extrapolation(2e10, 1e10) is None
+    assert fit.extrapolation(2e10, 1e10, 9.9 * fit.runs.c.max()) is None
+    assert "C is 1.3 decades above" in fit.extrapolation(2e10, 1e10, 20 * fit.runs.c.max()).message
     warning = fit.extrapolation(1e12, 1e10)
     assert warning is not None
     assert "N is 2.5 decades above" in warning.message

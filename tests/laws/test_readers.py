@@ -143,6 +143,14 @@ def test_doubtful_counts_are_no_numbers(text: str) -> None:
     assert "is not a number" in cells.parse(text)[1]
 
 
+@pytest.mark.parametrize("text", ["0,125B", "1,300B", "0,030", "0,125 M tokens"])
+def test_a_comma_that_may_be_decimal_is_asked_about(text: str) -> None:
+    whole = text.replace(",", "").lstrip("0")
+    assert cells.parse(text)[1] == f"'{text}' is not clear: write {text.replace(',', '.')} or {whole}"
+    assert cells.parse("1,300 tokens") == (1300.0, "")
+    assert cells.parse("1,300,000M") == (1.3e12, "")
+
+
 def test_a_loss_has_no_unit_and_no_comma() -> None:
     for text in ("3,25", "3,250", "3M"):
         assert "is not a number" in cells.parse(text, "loss")[1]

@@ -186,6 +186,13 @@ def test_a_first_design_is_cheap_and_spread(pool: Candidates) -> None:
     assert len({round(np.log(p.d), 3) for p in first}) >= 2
 
 
+def test_more_runs_than_can_be_weighed_are_refused(pool: Candidates) -> None:
+    many = np.geomspace(1e8, 1e9, 3001)
+    runs = Runs.of(many, many * 20, 3.0 - 0.1 * np.log(many / 1e8))
+    with pytest.raises(InputError, match=r"3,001 runs, and at most 3,000 can be weighed"):
+        suggest(runs, pool, GOAL, 1e20)
+
+
 def test_stop_rules(pool: Candidates) -> None:
     every = suggest(None, pool, GOAL, 1e20)
     few = suggest(None, pool, GOAL, 1e20, most=3)

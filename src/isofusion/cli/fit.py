@@ -57,6 +57,8 @@ def command(
         if column:
             raise InputError(f"--column {column[0]}: the default law rests on N and D alone; it goes with --form")
         runs, notes = table.read(file)
+        if runs.se is not None:
+            notes = [*notes, "standard errors do not weigh the default law's runs; they do with --form chinchilla"]
         result = _default(runs, notes, compute or [], draws, delta, fixed_e, starts, report)
         if as_json:
             _json(file, result)
@@ -80,6 +82,7 @@ def command(
         extra=extra,
         objective=kind,  # type: ignore[arg-type]
         delta=delta,
+        weights=None if runs.se is None else "se",
         fixed={} if fixed_e is None else {"E": fixed_e},
         draws=draws,
         notes=notes,

@@ -254,7 +254,7 @@ def _answer(fit: LawFit, intervals: Intervals | None, cost: Cost, c: float, *, s
         for name, found in at_compute(intervals, c, cost=cost).items():
             low, high = float(found.low), float(found.high)
             row[f"{name}_interval"] = [low, high] if np.isfinite([low, high]).all() else None
-    warning = fit.extrapolation(best.n, best.d)
+    warning = fit.extrapolation(best.n, best.d, c)
     row["warnings"] = [{"code": warning.code, "message": f"at {c:.3g} FLOPs {warning.message}"}] if warning else []
     return row
 

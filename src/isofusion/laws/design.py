@@ -327,11 +327,13 @@ def calibrate(runs: Points, log_loss: Array, scale: Scale, spread: Spread, *, no
         v.ravel()
         for v in np.meshgrid([1.0] if noise_known else 2.0 ** np.arange(-3.0, 4.0), 2.0 ** np.arange(-6.0, 4.0))
     )
-    cov = wide + (a * spread.trunk)[:, None, None] ** 2 * same + (b * spread.misfit)[:, None, None] ** 2 * kernel
-    cov += ((a * spread.branch) ** 2 + 1e-12)[:, None, None] * np.eye(len(runs))
-    root = np.linalg.cholesky(cov)
-    z = np.linalg.solve(root, np.broadcast_to(rest[:, None], (len(a), len(rest), 1)))[..., 0]
-    log_weight = -0.5 * np.sum(z * z, axis=1) - np.log(np.diagonal(root, axis1=1, axis2=2)).sum(axis=1)
+    log_weight = np.empty(len(a))
+    for i in range(len(a)):  # one at a time: each is the square of the runs
+        cov = wide + (a[i] * spread.trunk) ** 2 * same + (b[i] * spread.misfit) ** 2 * kernel
+        cov[np.diag_indices_from(cov)] += (a[i] * spread.branch) ** 2 + 1e-12
+        root = np.linalg.cholesky(cov)
+        z = np.linalg.solve(root, rest)
+        log_weight[i] = -0.5 * np.sum(z * z) - np.log(np.diagonal(root)).sum()
     log_weight -= 0.5 * (np.log2(a) ** 2 + np.maximum(0.0, np.log2(b)) ** 2)
     weight = np.exp(log_weight - log_weight.max())
     noise, misfit = (float(np.exp(np.average(np.log(v), weights=weight))) for v in (a, b))

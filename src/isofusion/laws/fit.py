@@ -106,14 +106,18 @@ class LawFit:
         free = max(1, len(self.runs) - len(self.names))
         return float(np.sqrt(np.sum(self.residuals**2) / free))
 
-    def extrapolation(self, n: Array | float, d: Array | float, decades: float = 1.0) -> FitWarning | None:
-        """A warning if a point lies more than `decades` outside the runs in N or in D."""
+    def extrapolation(
+        self, n: Array | float, d: Array | float, c: Array | float | None = None, decades: float = 1.0
+    ) -> FitWarning | None:
+        """A warning if a point lies more than `decades` outside the runs in N, in D or in compute."""
         out = []
-        for name, values, seen in (("N", n, self.runs.n), ("D", d, self.runs.d)):
+        for name, values, seen in (("N", n, self.runs.n), ("D", d, self.runs.d), ("C", c, self.runs.c)):
+            if values is None:
+                continue
             values = np.asarray(values, dtype=np.float64)
             above = float(np.log10(values.max() / seen.max()))
             below = float(np.log10(seen.min() / values.min()))
-            if max(above, below) > decades:
+            if max(above, below) > decades + 1e-9:
                 where = f"{above:.1f} decades above" if above > below else f"{below:.1f} decades below"
                 out.append(f"{name} is {where} the runs ({seen.min():.3g} to {seen.max():.3g})")
         return FitWarning("extrapolation", "; ".join(out)) if out else None

@@ -39,6 +39,7 @@ KEPT_RUNS, KEPT_LEVELS = 8, 4  # runs, and sizes and token budgets, that the fit
 LEAST_OUT = 1e-3  # relative fall of the squared error that leaving a run out must bring
 WORTH_SAYING = 0.05  # and of the error that leaving them all out must bring before a user is told
 SWEEPS = 3  # of exchanges over a plan
+MOST_RUNS = 3000  # done runs; time and memory grow with their square (3,000: half a minute, 0.6 GB)
 LEAST = 1e-4  # relative fall of the squared error that an exchange must bring
 FREE = 1e-9  # relative tolerance on the budget
 
@@ -295,7 +296,15 @@ def guess(runs: Runs | None, candidates: Candidates, noise: float | None) -> Spr
 
 
 def situation(runs: Runs | None, candidates: Candidates, target: Target, *, noise: float | None = None) -> Situation:
-    """Everything the strategies look at; the noise and misfit are calibrated on the done runs."""
+    """Everything the strategies look at; the noise and misfit are calibrated on the done runs.
+
+    Raises InputError for more than MOST_RUNS of them.
+    """
+    if runs is not None and len(runs) > MOST_RUNS:
+        raise InputError(
+            f"{runs.label or 'runs'}: {len(runs):,} runs, and at most {MOST_RUNS:,} can be weighed against each other; "
+            f"give the mean loss of the seeds of each N and D, or the runs nearest the target"
+        )
     done, pool = place(runs, candidates)
     log_loss = np.zeros(0) if runs is None else np.log(runs.loss)
     scale = scale_of(done, pool)

@@ -48,6 +48,7 @@ COUNTS = ("n", "d", "c")  # roles whose numbers may carry a unit or thousands se
 MISSING = ("", "null", "none", "na", "n/a", "<na>", "-")
 NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*?)\s*(?:flops?|tokens?|params?|parameters)?")
 GROUPED = re.compile(r"[+-]?\d{1,3}(?:([,_ '\u00a0\u202f\u2009])\d{3})(?:\1\d{3})*(?:\.\d+)?(?![\d,])")
+WORD = re.compile(r"\s*(?:flops?|tokens?|params?|parameters)?")
 BRACKET = re.compile(r"\s*[(\[]\s*([^()\[\]]*?)\s*[)\]]\s*$")
 PREFIXED = re.compile(r"\b([kmgtpez])flops?\b")
 
@@ -92,6 +93,11 @@ def _number(value: Any, role: str, scale: float) -> tuple[float, str]:
         return (math.nan, f"'{_short(text)}' is not a number (write 3.25, not 3,25)") if "," in text else wrong
     grouped = GROUPED.match(lower)
     if grouped and grouped[1]:
+        first, _, rest = grouped[0].lstrip("+-").partition(grouped[1])
+        unit = text[grouped.end() :]
+        if first == "0" or (grouped[1] == "," and len(rest) == 3 and not WORD.fullmatch(unit.lower())):
+            # a decimal comma, or thousands of a unit? 0,125B and 1,300B cannot tell
+            return math.nan, f"'{_short(text)}' is not clear: write {first}.{rest}{unit} or {int(first + rest)}{unit}"
         lower = lower.replace(grouped[1], "", grouped[0].count(grouped[1]))
     found = NUMBER.fullmatch(lower)
     units = FLOP_UNITS if "flop" in lower else UNITS
