@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Frozen(BaseModel):
@@ -157,7 +158,7 @@ class TrainConfig(Frozen):
     warmup_steps: Annotated[int, Field(ge=0)] = 1000
     cooldown_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     cooldown_shape: Literal["one-minus-sqrt", "inverse-sqrt", "linear"] = "one-minus-sqrt"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4  # shrink per step at peak, whatever the learning rate
     clip: Positive = 1.0

@@ -358,7 +358,7 @@ def test_the_gain_of_a_norm_is_summed_over_all_slots(slots: int) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("betas", [0.95, 0.99999])
+@pytest.mark.parametrize("betas", [0.0, 0.95, 0.99999])
 @pytest.mark.parametrize("numbers", [1, 7, 40_001])  # the last is shared by threads
 def test_adamw_takes_the_steps_of_pytorchs_in_float64(numbers: int, betas: float) -> None:
     weight, moments = noise(numbers), torch.zeros(2, numbers)

@@ -19,7 +19,7 @@ from isofusion.errors import InputError, RunFailure
 from isofusion.study import ledger
 from isofusion.study.holder import only_one
 from isofusion.study.progress import make_progress
-from isofusion.study.run import Interrupted, run_study
+from isofusion.study.run import Interrupted, pin_data, prepare, run_study
 from isofusion.study.spec import StudySpec
 from isofusion.study.split import thread_budget
 
@@ -44,7 +44,7 @@ def run(spec: StudySpec, out: Path, train: str, *, resume: bool = False, jobs: i
         make_progress=lambda configs, done: make_progress(configs, done, console),
         command="isofusion study run tiny.toml --resume",
         train=train,
-        get_ready=lambda spec: None,
+        get_ready=lambda spec, out: None,
     )
     return screen.getvalue()
 
@@ -282,7 +282,7 @@ def test_a_worker_stops_when_its_pool_is_gone(toml: Path, tmp_path: Path, fake: 
         "from isofusion.study.progress import make_progress\n"
         "spec = StudySpec.from_toml(sys.argv[1])\n"
         "run_study(spec, Path(sys.argv[2]), jobs=1, threads=1, resume=False, train='fake_train:train_run',\n"
-        "    make_progress=lambda c, d: make_progress(c, d, Console()), get_ready=lambda spec: None)\n"
+        "    make_progress=lambda c, d: make_progress(c, d, Console()), get_ready=lambda spec, out: None)\n"
     )
     pool = subprocess.Popen([sys.executable, str(script), str(toml), str(out)], stdout=subprocess.DEVNULL)
     while not list(out.glob("runs/*/metrics.jsonl")):
@@ -345,3 +345,29 @@ def test_tuning_and_excluded_runs_stay_out_of_the_table(read, tmp_path: Path, fa
     everything = ledger.results(out, all_runs=True)
     assert [row["run"] for row in everything if row["excluded"]] == ["late-s16-s0-d10"]
     assert {row["lr"] for row in everything if row["variant"] == "lr2x"} == {2e-3}
+
+
+def test_data_that_changed_between_sessions_is_refused(tmp_path: Path) -> None:
+    """Runs that have not begun, and validation, would see other data than the runs that are done."""
+    first = {"train": {"captions": "a", "prose": "b"}, "val": {"captions": "c"}, "text": {"the tokenizer": "t"}}
+    pin_data(tmp_path, first)
+    pin_data(tmp_path, first)
+    for changed, named in (
+        (first | {"val": {"captions": "x"}}, r"files of captions \(val\) are not those"),
+        (first | {"val": {"captions": "c", "prose": "new"}}, r"prose \(val\)"),
+        (first | {"train": {"captions": "x", "prose": "y"}}, r"captions \(train\), prose \(train\)"),
+        (first | {"text": {"the tokenizer": "u"}}, r"the tokenizer \(text\)"),
+    ):
+        with pytest.raises(InputError, match=named):
+            pin_data(tmp_path, changed)
+    assert json.loads((tmp_path / "data.lock").read_text()) == first
+
+
+def test_the_data_is_pinned_when_a_study_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="training needs the [train] extra")
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    spec = StudySpec.from_toml(Path(__file__).parents[2] / "studies" / "world-mini.toml")
+    prepare(spec, tmp_path)
+    found = json.loads((tmp_path / "data.lock").read_text())
+    assert found.keys() == {"train", "val", "text"}
+    assert set(found["train"]) == {source.name for source in spec.data.sources}

@@ -315,7 +315,7 @@ class TextLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._plain: Path | None = None if path.suffix in (".gz", ".zst", ".zstd") else path
+        self._plain: Path | None = None if path.suffix.lower() in (".gz", ".zst", ".zstd") else path
         self._trouble: BadSample | None = None
 
     def plain(self) -> Path:
@@ -338,7 +338,7 @@ class TextLines:
 
     def _unpack(self, target: Path) -> None:
         size = self.path.stat().st_size
-        wanted = "gzip" if self.path.suffix == ".gz" else "zstd"
+        wanted = "gzip" if self.path.suffix.lower() == ".gz" else "zstd"
         with self.path.open("rb") as source, target.open("wb") as out:
             try:
                 for chunk in gunzip(source) if wanted == "gzip" else unzstd(source):
@@ -380,7 +380,7 @@ def open_reader(path: Path, format: str) -> Reader:
     if format == "text":
         return TextLines(path)
     if format == "interleaved":
-        return InterleavedParquet(path) if path.suffix == ".parquet" else InterleavedTar(path)
+        return InterleavedParquet(path) if path.suffix.lower() == ".parquet" else InterleavedTar(path)
     raise InputError(f"no reader for format {format!r}; there are: webdataset, interleaved, text")
 
 

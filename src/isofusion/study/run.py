@@ -7,6 +7,7 @@ last checkpoint, and `resume=True` goes on from there. The work itself is the po
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from isofusion.config import RunConfig
 from isofusion.errors import InputError, RunFailure
 from isofusion.processors import cores
 from isofusion.study.holder import only_one
-from isofusion.study.lock import record_session
+from isofusion.study.lock import record_session, write_atomic
 from isofusion.study.pool import TRAIN, Pool, is_done
 from isofusion.study.progress import Progress
 from isofusion.study.spec import StudySpec
+
+DATA_LOCK = "data.lock"  # what the study's data was, by split and source
 
 
 class Interrupted(Exception):
@@ -28,10 +31,11 @@ class Interrupted(Exception):
         self.code = 128 + signum
 
 
-def prepare(spec: StudySpec) -> list[str]:
+def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
     """Once, before the workers: torch is there, and the data can be read (index, tokenizer and caches are built).
 
-    Returns what a person should know of the data before it is used: bad samples that are left out.
+    Returns what a person should know of the data before it is used: bad samples that are left out. Raises InputError
+    where the data is not what an earlier session of the study in `out` used.
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("training needs torch: pip install 'isofusion[train]'")
@@ -43,6 +47,9 @@ def prepare(spec: StudySpec) -> list[str]:
     train = spec.arms[0].sizes[0].train
     ahead.index(spec.data, ("train", "val"), cores())
     streams = {split: Stream(spec.data, spec.seeds[0], split, train.rows_per_step) for split in ("train", "val")}
+    if out is not None:
+        found = {split: {s.name: s.digest for s in stream.sources} for split, stream in streams.items()}
+        pin_data(out, found | {"text": {"the tokenizer": streams["train"].tokenizer.digest}})
     streams["train"].near_duplicates()
     if gpu_bytes() is not None:  # a GPU reads the world faster than one process draws it
         longest = max(spec.runs(), key=lambda run: run.end_step * run.train.rows_per_step)
@@ -56,6 +63,27 @@ def prepare(spec: StudySpec) -> list[str]:
                 reasons = ", ".join(f"{reason} {count}" for reason, count in index.bad.items())
                 notes.append(f"source {index.name} ({split}): left out: {reasons}; first: {index.examples[0]}")
     return notes
+
+
+def pin_data(out: Path, found: dict[str, dict[str, str]]) -> None:
+    """Keep what the study's data was (split -> source -> digest) at its first session. Raises InputError if it changed.
+
+    Every run checks what it trained on itself; runs that have not begun, and validation, are held to it by this.
+    """
+    place = out / DATA_LOCK
+    if not place.exists():
+        write_atomic(place, json.dumps(found, indent=1) + "\n")
+        return
+    pinned = json.loads(place.read_text())
+    names = [(split, name) for split in pinned for name in {**pinned[split], **found.get(split, {})}]
+    changed = [
+        f"{name} ({split})" for split, name in names if found.get(split, {}).get(name) != pinned[split].get(name)
+    ]
+    if changed:
+        raise InputError(
+            f"{out}: the files of {', '.join(changed)} are not those this study began with, and its runs must be "
+            f"compared on the same data: put them back, or start a new study with another --out"
+        )
 
 
 def refuse_what_does_not_fit(spec: StudySpec, out: Path, jobs: int) -> None:
@@ -76,7 +104,7 @@ def run_study(
     make_progress: Callable[[dict[str, RunConfig], set[str]], Progress],
     command: str = "",
     train: str = TRAIN,
-    get_ready: Callable[[StudySpec], object] = prepare,
+    get_ready: Callable[[StudySpec, Path], object] = prepare,
     before_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Train every run of `spec` that is not DONE under `<out>/runs`; the caller has locked the study.
@@ -98,7 +126,7 @@ def run_study(
             )
         ledger = Ledger(out)
         if len(done) < len(configs):
-            get_ready(spec)
+            get_ready(spec, out)
             before_start()
             record_session(out, jobs=jobs, threads=threads)
             pool = Pool(

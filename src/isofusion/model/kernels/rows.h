@@ -105,6 +105,11 @@ double squares(const float* x, long n, int threads) {
     return sum;
 }
 
+// a + share * (b - a), from the nearer end: from the other all digits of b may be lost.
+inline float between(float a, float b, float share) {
+    return share < 0.5f ? a + share * (b - a) : b - (1.0f - share) * (b - a);
+}
+
 // One update of AdamW (arXiv 1711.05101, algorithm 2, as PyTorch's): the gradient counts `scale` times, the weight first
 // shrinks to `kept` of itself; fresh1 = 1 - beta1, fresh2 = 1 - beta2, of which float32 has more digits than of the betas;
 // rate = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t).
@@ -117,7 +122,7 @@ void adamw(float* weight, const float* grad, float* mean, float* square, long n,
 #pragma omp simd
         for (long i = mine.from; i < mine.to; i++) {
             const float g = grad[i] * scale;
-            const float m = mean[i] + fresh1 * (g - mean[i]), s = square[i] + fresh2 * (g * g - square[i]);
+            const float m = between(mean[i], g, fresh1), s = between(square[i], g * g, fresh2);
             mean[i] = m;
             square[i] = s;
             weight[i] = kept * weight[i] - rate * m / (std::sqrt(s) * root + eps);
