@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from isofusion.data import readers
 from isofusion.data.compressed import unzstd
 from isofusion.data.images import BrokenImage, decode, dhash, from_patches, to_patches
 from isofusion.data.index import index_file
@@ -310,3 +312,24 @@ def test_every_prefix_of_an_image_is_broken_or_whole(files):
     for cut in range(0, len(data) - 50, 97):
         with pytest.raises(BrokenImage):
             decode(data[:cut])
+
+
+@pytest.mark.parametrize("how", ["two in one file", "a hole", "reserved space"])
+def test_what_lies_behind_the_end_of_a_tar_is_no_silent_loss(how: str, files, tmp_path: Path) -> None:
+    pairs = [(f"{i:03}.txt", f"caption {i} ".encode() * 400) for i in range(60)]
+    pairs += [(f"{i:03}.png", files.image(i)) for i in range(60)]
+    path = files.tar(tmp_path / "a.tar", sorted(pairs))
+    whole = path.read_bytes()
+    half = len(whole) // 2 // 512 * 512
+    changed = {
+        "two in one file": whole * 2,
+        "a hole": whole[:half] + bytes(4096) + whole[half + 4096 :],
+        "reserved space": whole[:half] + bytes(half + readers.PADDING),
+    }
+    path.write_bytes(changed[how])
+    found = index_file(path, "webdataset")
+    assert 0 < found.n <= 60
+    assert sum(found.bad.values()) >= 1
+    assert found.unread > 0.3 * len(whole)
+    path.write_bytes(whole + bytes(8192))  # padding is none
+    assert index_file(path, "webdataset").bad == {}

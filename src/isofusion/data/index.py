@@ -26,6 +26,7 @@ from isofusion.data.readers import BadSample, Found, Reader, Segments, open_read
 from isofusion.errors import InputError
 
 VERSION = 1
+RULES = 2  # by which a sample is good; an index made by earlier ones is made again
 EXAMPLES = 10  # bad samples named per file, at most three per reason
 LONG_PARAGRAPH = 80  # characters; shorter paragraphs repeat by chance
 
@@ -134,7 +135,7 @@ def _place(path: Path, format: str) -> tuple[Path, os.stat_result]:
         stat = path.stat()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    key = cache.digest("index", VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, format)
+    key = cache.digest("index", VERSION, RULES, str(path.resolve()), stat.st_size, stat.st_mtime_ns, format)
     return cache.root() / "index" / f"v{VERSION}" / f"{key}.npz", stat
 
 

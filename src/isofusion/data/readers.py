@@ -54,6 +54,9 @@ class Reader(Protocol):
 # ---- tar ------------------------------------------------------------------------------------------------------------
 
 
+PADDING = 1 << 20  # zeros at the end of a tar that may be padding: tools fill up to 10 KiB, some more
+
+
 def _scan_tar(path: Path) -> Iterator[tuple[str, str, int, int] | BadSample]:
     """(key, suffix, offset, size) of every regular member; a tar that stops early ends with a BadSample."""
     size, end = path.stat().st_size, 0
@@ -88,6 +91,13 @@ def _scan_tar(path: Path) -> Iterator[tuple[str, str, int, int] | BadSample]:
         file.seek(end)
         if file.read(512) != bytes(512):
             yield BadSample(path.name, "truncated tar", f"no end of archive after byte {end}", max(0, size - end))
+            return
+        while chunk := file.read(1 << 20):  # two archives in one file, or a hole in the middle of one
+            if chunk.strip(b"\0"):
+                yield BadSample(path.name, "data behind the end of the tar", f"after byte {end}", size - end)
+                return
+    if size - end > PADDING:  # a download that reserved its space and stopped
+        yield BadSample(path.name, "truncated tar", f"nothing but zeros after byte {end}", size - end)
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
