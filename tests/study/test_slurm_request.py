@@ -86,7 +86,8 @@ def test_what_is_missing_is_one_message_and_exit_code_2(
     tmp_path: Path, toml: Path, cluster: Any, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("isofusion.study.run.prepare", lambda spec: [])
+    pinned: list[Path] = []
+    monkeypatch.setattr("isofusion.study.run.prepare", lambda spec, *out: pinned.extend(out) or [])
 
     def says(message: str, *words: object) -> None:
         assert call("study", "run", toml, *words) == 2
@@ -107,10 +108,12 @@ def test_what_is_missing_is_one_message_and_exit_code_2(
         patch.setattr("importlib.util.find_spec", lambda name: None)
         says("--on slurm needs the package submitit: pip install 'isofusion[slurm]'", *on, "cpu", "--dry-run")
     assert not Path("runs").exists()  # nothing so far has locked the study
+    assert not pinned
     says("invalid partition specified: nope", *on, "nope")
     says("(asked for 'nope'; `sinfo -s` lists the partitions)", *on, "nope")
     assert not list(Path("runs/tiny/slurm").iterdir())
     assert cluster.states() == {}
+    assert [out.name for out in pinned] == ["tiny"] * 2  # every submission holds the data to the first one's
     monkeypatch.setenv("FAKE_SLURM_MOST", "1")
     go_on = f"study run {toml} --out runs/tiny --on slurm --mem 4G --partition cpu --setup 'module load x' --resume\n"
     says(

@@ -126,6 +126,7 @@ def run(
         threads=threads,
         overrides=study.overrides,
     )
+    prepare(spec, out)  # all is read by now: holds the data to what the study began with
     words = ["isofusion", "study", "run", str(study.toml), "--out", str(study.out), "--on", "slurm"]
     for key, value in asked.items():
         for one in value if isinstance(value, list) else [] if value is None else [value]:

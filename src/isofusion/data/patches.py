@@ -100,7 +100,7 @@ class Writer:
             return
         if not self._budget.take(count):
             self._over = True
-            self._drop()
+            self.close()
             return
         self._taken += count
         with cache.explained(self._near):
@@ -122,9 +122,6 @@ class Writer:
         self._file, self._taken = None, 0
 
     def close(self) -> None:
-        self._drop()
-
-    def _drop(self) -> None:
         if self._file is not None:
             with suppress(OSError):  # what is buffered may not fit the disk, and is not wanted
                 self._file.close()

@@ -80,9 +80,8 @@ class JsonTokenizer:
         return np.array(self._tok.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        found = self._tok.encode_batch_fast(
-            texts, add_special_tokens=False
-        )  # fast: no places of the tokens in the text
+        # fast: without the places of the tokens in the text
+        found = self._tok.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in found]
 
     def decode(self, ids: np.ndarray) -> str:

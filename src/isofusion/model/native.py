@@ -11,13 +11,8 @@ T slots, D width, F feed-forward hidden, H heads, K head_dim, V vocabulary; tens
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
 import os
-import platform
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -27,18 +22,10 @@ import torch
 from torch import Tensor, library
 
 from isofusion.data import cache
-from isofusion.errors import InputError, RunFailure
+from isofusion.errors import InputError
+from isofusion.model.kernel_build import Unavailable, build
 
-SOURCE = Path(__file__).parent / "kernels" / "kernels.cpp"
 CHOICES = ("auto", "torch", "native")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-THREADS = () if sys.platform == "darwin" else ("-fopenmp",)
-"""On macOS a second OpenMP beside PyTorch's aborts the process: there the kernels use one thread."""
-MACHINE = {
-    "x86_64": ("-march=native", "-mprefer-vector-width=512"),
-    "AMD64": ("-march=native", "-mprefer-vector-width=512"),
-}
-TIMEOUT_S = 120
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -62,71 +49,6 @@ PRODUCTS = ("product", "product_transposed", "product_of_rows")
 """On processors with avx512_bf16 alone."""
 BF16_ONLY = ("head_loss", *PRODUCTS)
 F32_ONLY = ("adamw",)
-
-
-class Unavailable(Exception):
-    """Why there is no library; the text says what was tried."""
-
-
-def compilers() -> list[str]:
-    """C++ compilers to try, best first."""
-    named = [os.environ.get("CXX") or "", "c++", "g++", "clang++"]
-    return list(dict.fromkeys(found for name in named if name and (found := shutil.which(name))))
-
-
-def build(folder: Path) -> Path:
-    """The kernels, compiled into `folder` where that was not done for this source, compiler and processor.
-
-    Raises Unavailable, with what every compiler said.
-    """
-    reasons = []
-    for compiler in compilers():
-        try:
-            return _built(folder, compiler)
-        except Unavailable as error:
-            reasons.append(str(error))
-    raise Unavailable("; ".join(reasons) or "no C++ compiler was found ($CXX, c++, g++, clang++)")
-
-
-def _built(folder: Path, compiler: str) -> Path:
-    command = [compiler, *FLAGS, *THREADS, *MACHINE.get(platform.machine(), ())]
-    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]*"))]
-    facts = "\n".join((*sources, *command, _version(compiler), _processor()))
-    path = folder / f"kernels-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
-    if path.exists():
-        return path
-    try:
-        with cache.lock(path):  # the workers of a study start together: one compiles, the others wait
-            if not path.exists():
-                cache.write(path, lambda to: _compile([*command, str(SOURCE), "-o", str(to)]))
-    except RunFailure as error:
-        raise Unavailable(str(error)) from None
-    return path
-
-
-def _compile(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]}: {error}") from None
-    if done.returncode:
-        raise Unavailable(f"{command[0]} failed: {done.stderr.strip()[-400:]}")
-
-
-def _version(command: str) -> str:
-    try:
-        return subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "cpu family", "model"))}))
 
 
 def load(folder: Path) -> ctypes.CDLL:

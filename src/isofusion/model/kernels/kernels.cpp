@@ -2,7 +2,7 @@
 // one pass over memory, and on processors with avx512_bf16 the matrix products. Formulas as in fused.py, experts.py and head_loss.py,
 // which run where no C++ compiler is found.
 //
-// Compiled at first use by native.py. Work is shared among threads in fixed pieces, and sums over slots are added up in the
+// Compiled at first use by kernel_build.py, called by native.py. Work is shared among threads in fixed pieces, and sums over slots are added up in the
 // order of the pieces, so results depend on the number of threads and on nothing else; attention, products and the
 // gradient norm not even on that. bf16 is rounded to nearest even. Everything but the products is float32.
 //

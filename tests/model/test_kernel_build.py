@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.model import native
+from isofusion.model import kernel_build, native
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"kernels: {native.describe()}")
 
 
 @pytest.mark.skipif(
-    not native.compilers(), reason="no C++ compiler: PyTorch's operations run, which the other tests hold"
+    not kernel_build.compilers(), reason="no C++ compiler: PyTorch's operations run, which the other tests hold"
 )
 def test_where_there_is_a_compiler_the_kernels_are_there(tmp_path: Path) -> None:
     """Else every test of them would be skipped, and nobody would know."""
@@ -28,7 +28,7 @@ def test_where_there_is_a_compiler_the_kernels_are_there(tmp_path: Path) -> None
 def test_without_a_compiler_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(native.Unavailable, match=r"no C\+\+ compiler was found"):
+    with pytest.raises(kernel_build.Unavailable, match=r"no C\+\+ compiler was found"):
         native.load(tmp_path)
 
 
@@ -39,7 +39,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monk
     monkeypatch.setenv("CXX", str(fake))
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "/bin-of-sh-alone")
-        with pytest.raises(native.Unavailable, match="cxx failed: no such flag"):
+        with pytest.raises(kernel_build.Unavailable, match="cxx failed: no such flag"):
             native.load(tmp_path / "kernels")
     assert not list((tmp_path / "kernels").glob("kernels-*.so"))
 
@@ -49,13 +49,13 @@ def test_the_next_compiler_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fails_first(command: list[str]) -> None:
         tried.append(command[0])
         if len(tried) == 1:
-            raise native.Unavailable("broken")
+            raise kernel_build.Unavailable("broken")
         Path(command[-1]).touch()
 
     tried: list[str] = []
-    monkeypatch.setattr(native, "compilers", lambda: ["one", "two"])
-    monkeypatch.setattr(native, "_compile", fails_first)
-    assert native.build(tmp_path).exists()
+    monkeypatch.setattr(kernel_build, "compilers", lambda: ["one", "two"])
+    monkeypatch.setattr(kernel_build, "_compile", fails_first)
+    assert kernel_build.build(tmp_path).exists()
     assert tried == ["one", "two"]
 
 
@@ -64,12 +64,12 @@ def test_a_library_is_compiled_once_and_again_for_another_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    monkeypatch.setattr(native, "_compile", lambda command: made.append(command[-1]) or Path(command[-1]).touch())
-    first = native.build(tmp_path)
-    assert native.build(tmp_path) == first
+    monkeypatch.setattr(kernel_build, "_compile", lambda command: made.append(command[-1]) or Path(command[-1]).touch())
+    first = kernel_build.build(tmp_path)
+    assert kernel_build.build(tmp_path) == first
     assert len(made) == 1
-    monkeypatch.setattr(native, "_processor", lambda: "another")
-    assert native.build(tmp_path) != first
+    monkeypatch.setattr(kernel_build, "_processor", lambda: "another")
+    assert kernel_build.build(tmp_path) != first
     assert len(made) == 2
 
 
