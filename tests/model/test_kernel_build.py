@@ -44,6 +44,26 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monk
     assert not list((tmp_path / "kernels").glob("kernels-*.so"))
 
 
+def test_a_compiler_that_hangs_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, calls = tmp_path / "cxx", tmp_path / "calls"
+    fake.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho once >> {calls}\nexec sleep 60\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(kernel_build, "compilers", lambda: [str(fake)])
+    monkeypatch.setattr(kernel_build, "TIMEOUT_S", 0.5)
+    with pytest.raises(kernel_build.Unavailable, match=r"cxx did not end within 0.5 seconds$"):
+        native.load(tmp_path / "kernels")
+    with pytest.raises(
+        kernel_build.Unavailable, match=r"did not end within 0.5 seconds \(delete .*\.slow to try again\)"
+    ):
+        native.load(tmp_path / "kernels")
+    assert calls.read_text().splitlines() == ["once"]
+    (slow,) = (tmp_path / "kernels").glob("*.slow")
+    slow.unlink()
+    with pytest.raises(kernel_build.Unavailable):
+        native.load(tmp_path / "kernels")
+    assert len(calls.read_text().splitlines()) == 2
+
+
 @needs_native
 def test_the_next_compiler_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails_first(command: list[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,11 @@ from isofusion.config import DataConfig, ModelConfig, TrainConfig  # noqa: E402
 from isofusion.data.batch import PackedBatch  # noqa: E402
 from isofusion.data.stream import Stream  # noqa: E402
 from isofusion.model import native  # noqa: E402
-from isofusion.model.count import batch_shape, count_parameters  # noqa: E402
+from isofusion.model.count import BatchShape, batch_shape, count_parameters  # noqa: E402
 from isofusion.model.decoder import Decoder  # noqa: E402
 from isofusion.model.init import init_weights  # noqa: E402
 from isofusion.model.memory import memory_bytes, per_rank  # noqa: E402
+from isofusion.model.paper import PAPER_MODELS  # noqa: E402
 from isofusion.train.memory import peak_bytes, resident_bytes  # noqa: E402
 from isofusion.train.optimizer import build_optimizer  # noqa: E402
 from isofusion.train.step import choose_precision, train_step  # noqa: E402
@@ -149,3 +152,13 @@ def test_a_rank_holds_its_share_and_what_it_gathers() -> None:
     ends = 2 * cfg.vocab_size * cfg.width
     assert 8 * ends < eight["whole"] < 8 * (ends + count_parameters(cfg).n_total / 8)
     assert eight["total"] < one["total"] - 0.5 * 16 * count_parameters(cfg).n_total
+
+
+def test_the_prediction_for_a_gpu_holds_what_its_compiled_code_kept_alive() -> None:
+    """Peaks of real steps of the paper's models, every buffer counted (benchmarks/gpu_offline.py)."""
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/gpu_offline.json").read_text())["rows"]
+    assert {row["name"].partition("-")[0] for row in rows} == {"early", "late", "moe"}
+    for row in rows:
+        cfg, shape = PAPER_MODELS[row["name"]], BatchShape(**row["shape"])
+        predicted = memory_bytes(cfg, row["slots"], "bf16", shape, "cuda", recompute=row["recompute"])["total"]
+        assert predicted == pytest.approx(row["memory_tracked"], rel=0.1), row["name"]

@@ -90,17 +90,17 @@ def _flat(out_NHLK: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """`n` documents of one padded length. `mask`: [N or 1, 1, L, L], 0 or -inf; None: every place sees all of its L, or
+    """Documents of one padded `length`. `mask`: [N or 1, 1, L, L], 0 or -inf; None: every place sees all of its L, or
     with `causal` the earlier ones.
     """
 
-    n: int
+    length: int
     mask: Tensor | None = None
     causal: bool = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [N*L, H, K] -> [N*L, H*K]."""
-        q, k, v = (x.unflatten(0, (self.n, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(0, (-1, self.length)).transpose(1, 2) for x in (q, k, v))
         with exactly(q.device):  # inputs have the plan's dtype already
             return _flat(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal))
 
@@ -137,7 +137,7 @@ class ImagePlan(AttentionPlan):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[0] == 0:  # no image in this batch: keep the graph whole without an attention call
             return (q + k + v).flatten(1)
-        return Stack(q.shape[0] // self.patches).attend(q, k, v)
+        return Stack(self.patches).attend(q, k, v)
 
 
 class DensePlan(AttentionPlan):
@@ -175,7 +175,7 @@ class DocumentPlan(AttentionPlan):
             if real_NL.all() and not (image[slot_NL] >= 0).any():
                 # plain text of one length: SDPA's own causal form skips half of the scores. Not with filler places,
                 # which would then see documents and hand them a gradient (see `regroup`).
-                self.blocks.append(Stack(len(members), causal=True))
+                self.blocks.append(Stack(longest, causal=True))
                 continue
             side = {  # a filler place belongs to no document, so no real place sees it
                 "doc": np.where(real_NL, 0, -1).astype(np.int8),
@@ -188,7 +188,7 @@ class DocumentPlan(AttentionPlan):
             )
             # SDPA turns a bool mask into a float one at every call: do it once per batch
             mask = torch.from_numpy(np.where(allowed, np.float32(0), np.float32("-inf")))
-            self.blocks.append(Stack(len(members), mask.to(phase.device, dtype)))
+            self.blocks.append(Stack(longest, mask.to(phase.device, dtype)))
         self.sizes = [slot_NL.size for slot_NL in slots]
         if len(slots) == 1 and not padding.size and self.sizes[0] == batch.n_slots:
             return  # documents of one length that fill the rows lie in order already

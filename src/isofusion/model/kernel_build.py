@@ -28,6 +28,10 @@ class Unavailable(Exception):
     """Why there is no library; the text says what was tried."""
 
 
+class TooSlow(Unavailable):
+    """The compiler did not end in time."""
+
+
 def compilers() -> list[str]:
     """C++ compilers to try, best first."""
     named = [os.environ.get("CXX") or "", "c++", "g++", "clang++"]
@@ -58,17 +62,31 @@ def _built(folder: Path, compiler: str) -> Path:
     try:
         with cache.lock(path):  # the workers of a study start together: one compiles, the others wait
             if not path.exists():
-                cache.write(path, lambda to: _compile([*command, str(SOURCE), "-o", str(to)]))
+                _compile_once(path, [*command, str(SOURCE)])
     except RunFailure as error:
         raise Unavailable(str(error)) from None
     return path
 
 
+def _compile_once(path: Path, command: list[str]) -> None:
+    """A compiler that hangs is waited for once, not by every process of a study: a file beside `path` remembers it."""
+    slow = path.with_suffix(".slow")
+    if slow.exists():
+        raise Unavailable(f"{slow.read_text()} (delete {slow} to try again)")
+    try:
+        cache.write(path, lambda to: _compile([*command, "-o", str(to)]))
+    except TooSlow as error:
+        cache.write_bytes(slow, str(error).encode())
+        raise
+
+
 def _compile(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise Unavailable(f"{command[0]}: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise TooSlow(f"{command[0]} did not end within {TIMEOUT_S:g} seconds") from None
     if done.returncode:
         raise Unavailable(f"{command[0]} failed: {done.stderr.strip()[-400:]}")
 

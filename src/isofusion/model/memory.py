@@ -75,21 +75,23 @@ def _block(
     else:  # q, k, v, the result, its logsumexp
         attention = 4 * s_d * (4.0 if cpu else size) + 4 * places * heads
     copies = weights * (2.0 if size == 2 and not native else 0.0)  # in bf16, which live as long as the graph
-    if compiled and not experts and not native:
-        # the compiler keeps least: the residual stream, both projections into it, q, k, v, the result, gate and up
-        kept = t_d * (4 + size) + attention + 8 * slots + 2 * t_f * size
-        return Layer(kept + copies, 3 * t_f * size + 4 * t_d, 4.0 * weights, 4 * t_d)
-    kept = 2 * (t_d * (4 + size) + 4 * slots)  # two norms: what they read, what the product reads, one scale a slot
-    kept += 3 * t_d * size + attention + t_d * size  # the projection, and the result in order
+    compiled = compiled and not native
+    if compiled:
+        # the residual stream, what attention's projections read and return, the scales of its norm and of q and k; what
+        # lies between the projections of the feed-forward; all else the compiler computes again
+        kept = t_d * (4 + 4 * size) + attention + 8 * slots * (1 + heads)
+    else:
+        kept = 2 * (t_d * (4 + size) + 4 * slots)  # two norms: what they read, what the product reads, one scale a slot
+        kept += 3 * t_d * size + attention + t_d * size  # the projection, and the result in order
     if not experts:
-        kept += t_f * size * 3  # gate, up, product
-        held = t_f * size * 3 + 4 * t_d + (t_d * size if size == 2 else 0)
+        kept += t_f * size * 3 + (t_d * size if compiled else 0.0)  # gate, up, product; what they read
+        held = t_f * size * 3 + 4 * t_d + (t_d * size if size == 2 and not compiled else 0.0)
         return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
     rows = (real if cpu else slots) * top_k + (experts * (ROUND - 1) if cpu and size == 2 and not native else 0)
     kept += rows * width * size * 2 + rows * hidden * size * 3  # rows in and out, gate, up, product
     kept += slots * top_k * 24 + rows * 20  # choices, order
     if router:  # its probabilities, and what it reads in float32
-        kept += slots * experts * 4 + (t_d * 4 if size == 2 and not native else 0)
+        kept += slots * experts * 4 + (t_d * 4 if size == 2 and not native and not compiled else 0)
     held = rows * hidden * size * 3 + 4 * t_d + rows * width * size
     return Layer(kept + copies, held, 4.0 * weights, 4 * t_d)
 
