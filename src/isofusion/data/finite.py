@@ -20,8 +20,8 @@ from isofusion.data.images import BrokenImage, decode
 from isofusion.data.index import SourceIndex
 from isofusion.data.order import permutation
 from isofusion.data.pack import IMAGE, Piece, Rows, best_fit, build, cut
-from isofusion.data.readers import BadSample, Reader, Segments, open_reader
-from isofusion.data.sample import DOMAINS
+from isofusion.data.readers import Reader, open_reader
+from isofusion.data.sample import DOMAINS, BadSample, Segments
 from isofusion.data.tokenizer import JsonTokenizer
 from isofusion.errors import InputError
 

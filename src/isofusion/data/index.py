@@ -22,11 +22,12 @@ import numpy as np
 from isofusion.config import SourceConfig
 from isofusion.data import cache, patches
 from isofusion.data.images import BrokenImage, decode, dhash
-from isofusion.data.readers import BadSample, Found, Reader, Segments, open_reader
+from isofusion.data.readers import Reader, open_reader
+from isofusion.data.sample import BadSample, Found, Segments
 from isofusion.errors import InputError
 
 VERSION = 1
-RULES = 2  # by which a sample is good; an index made by earlier ones is made again
+RULES = 3  # by which a sample is good; an index made by earlier ones is made again
 EXAMPLES = 10  # bad samples named per file, at most three per reason
 LONG_PARAGRAPH = 80  # characters; shorter paragraphs repeat by chance
 

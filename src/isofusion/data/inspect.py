@@ -14,8 +14,8 @@ from isofusion.config import DataConfig, SourceConfig, WorldConfig
 from isofusion.data import ahead
 from isofusion.data.batch import PackedBatch
 from isofusion.data.finite import Documents, FiniteSource
-from isofusion.data.readers import Segments, detect_format
-from isofusion.data.sample import DOMAINS
+from isofusion.data.readers import detect_format
+from isofusion.data.sample import DOMAINS, Segments
 from isofusion.data.stream import Stream
 from isofusion.errors import InputError
 from isofusion.processors import cores

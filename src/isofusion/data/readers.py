@@ -10,37 +10,17 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from isofusion.data import cache
 from isofusion.data.compressed import gunzip, unzstd
+from isofusion.data.members import Pictures, exact, read_bytes
+from isofusion.data.sample import BadSample, Found, Ref, Segments
 from isofusion.errors import InputError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 PARAGRAPH = "\n\n"  # between two adjacent texts of an interleaved document
-
-
-class BadSample(Exception):
-    """One sample that cannot be used, or (`unread` > 0 bytes) the rest of a file that cannot be read."""
-
-    def __init__(self, key: str, reason: str, detail: str = "", unread: int = 0, lost: int = 1) -> None:
-        super().__init__(f"{key}: {reason} {detail}".strip())
-        self.key, self.reason, self.detail, self.unread, self.lost = key, reason, detail, unread, lost
-
-
-Ref = tuple[int, ...]
-Segments = tuple[str | bytes, ...]
-"""A sample as it lies in the file: str is text, bytes an encoded image."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A sample that the scan of a file saw: its key and the integers that find it again."""
-
-    key: str
-    ref: Ref
 
 
 class Reader(Protocol):
@@ -58,7 +38,10 @@ PADDING = 1 << 20  # zeros at the end of a tar that may be padding: tools fill u
 
 
 def _scan_tar(path: Path) -> Iterator[tuple[str, str, int, int] | BadSample]:
-    """(key, suffix, offset, size) of every regular member; a tar that stops early ends with a BadSample."""
+    """(key, suffix, offset, size) of every regular member, `key.suffix` its name as written.
+
+    A tar that stops early ends with a BadSample.
+    """
     size, end = path.stat().st_size, 0
     try:
         # names in another encoding stay apart and printable
@@ -80,7 +63,7 @@ def _scan_tar(path: Path) -> Iterator[tuple[str, str, int, int] | BadSample]:
                     yield BadSample(member.name, "tar member without KEY.suffix")
                 else:
                     key = f"{folder}/{stem}" if folder else stem
-                    yield key, suffix.lower(), member.offset_data, member.size
+                    yield key, suffix, member.offset_data, member.size
     except tarfile.TarError as error:
         if end == 0:
             yield BadSample(path.name, "not a tar file", str(error), size)
@@ -98,15 +81,6 @@ def _scan_tar(path: Path) -> Iterator[tuple[str, str, int, int] | BadSample]:
                 return
     if size - end > PADDING:  # a download that reserved its space and stopped
         yield BadSample(path.name, "truncated tar", f"nothing but zeros after byte {end}", size - end)
-
-
-def _read(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise InputError(f"{path} changed since it was indexed: {size} bytes at {offset} are gone; start the run again")
-    return data
 
 
 def _json(data: bytes, key: str) -> dict[str, Any]:
@@ -140,6 +114,7 @@ class WebDataset:
                 bad.append(item)
                 continue
             key, suffix, offset, size = item
+            suffix = suffix.lower()
             slot = "image" if suffix in IMAGE_SUFFIXES else suffix
             parts = groups.setdefault(key, {})
             if slot in parts:
@@ -158,16 +133,16 @@ class WebDataset:
 
     def raw(self, key: str, ref: Ref) -> Segments:
         if ref[2] >= 0:
-            caption: Any = _text(_read(self.path, ref[2], ref[3]), key)
+            caption: Any = _text(read_bytes(self.path, ref[2], ref[3]), key)
         else:
-            caption = _json(_read(self.path, ref[4], ref[5]), key).get("caption")
+            caption = _json(read_bytes(self.path, ref[4], ref[5]), key).get("caption")
             if caption is None:
                 raise BadSample(key, "missing caption", "no .txt, and no caption in .json")
             if not isinstance(caption, str):
                 raise BadSample(key, "wrong type", f"caption is {type(caption).__name__}, not text")
         if not caption.strip():
             raise BadSample(key, "empty caption")
-        return _read(self.path, ref[0], ref[1]), caption.strip()
+        return read_bytes(self.path, ref[0], ref[1]), caption.strip()
 
 
 def _interleave(key: str, images: Any, texts: Any) -> Iterator[tuple[str, Any]]:
@@ -207,7 +182,7 @@ class InterleavedTar:
         self.path = path
 
     def refs(self) -> Iterator[Found | BadSample]:
-        places: dict[str, tuple[int, int]] = {}
+        pictures = Pictures(self.path)
         documents: dict[str, tuple[int, int]] = {}
         bad: list[BadSample] = []
         for item in _scan_tar(self.path):
@@ -215,39 +190,32 @@ class InterleavedTar:
                 bad.append(item)
                 continue
             key, suffix, offset, size = item
-            if suffix == "json":
-                documents[key] = (offset, size)
+            if suffix.lower() != "json":
+                pictures.add(f"{key}.{suffix}", offset, size)
+            elif key in documents:
+                bad.append(BadSample(key, "member twice", f"a second .{suffix}"))
             else:
-                places[f"{key}.{suffix}".lower()] = (offset, size)
+                documents[key] = (offset, size)
+        pictures.documents = {exact(key) for key in documents}
         for key, place in documents.items():
             try:
-                record = _json(_read(self.path, *place), key)
+                record = _json(read_bytes(self.path, *place), key)
                 ref: Ref = place
                 for kind, value in _interleave(key, record.get("images"), record.get("texts")):
                     if kind == "image":
-                        ref += self._place(places, key, value)
+                        ref += pictures.find(key, value)
                 yield Found(key, ref)
             except BadSample as error:
                 yield error
         yield from bad
 
-    @staticmethod
-    def _place(places: dict[str, tuple[int, int]], key: str, name: Any) -> tuple[int, int]:
-        if not isinstance(name, str):
-            raise BadSample(key, "wrong type", f"an image name is {type(name).__name__}")
-        folder = key.rpartition("/")[0]
-        for candidate in (name, f"{folder}/{name}"):
-            if candidate.lower() in places:
-                return places[candidate.lower()]
-        raise BadSample(key, "missing image", f"no member {name}")
-
     def raw(self, key: str, ref: Ref) -> Segments:
-        record = _json(_read(self.path, ref[0], ref[1]), key)
+        record = _json(read_bytes(self.path, ref[0], ref[1]), key)
         parts: list[str | bytes] = []
         at = 2
         for kind, value in _interleave(key, record.get("images"), record.get("texts")):
             if kind == "image":
-                parts.append(_read(self.path, ref[at], ref[at + 1]))
+                parts.append(read_bytes(self.path, ref[at], ref[at + 1]))
                 at += 2
             else:
                 parts.append(value)
@@ -370,7 +338,7 @@ class TextLines:
             yield self._trouble
 
     def raw(self, key: str, ref: Ref) -> Segments:
-        record = _json(_text(_read(self.plain(), *ref), key).encode(), key)
+        record = _json(_text(read_bytes(self.plain(), *ref), key).encode(), key)
         text = record.get("text")
         if text is None:
             text = record.get("content")
@@ -406,12 +374,12 @@ def detect_format(path: Path) -> str | None:
     for count, item in enumerate(_scan_tar(path)):
         if isinstance(item, BadSample) or count >= 64:
             break
-        suffix = item[1]
+        suffix = item[1].lower()
         first, _, last = suffix.partition(".")
         if first.isdigit() and last in IMAGE_SUFFIXES:
             return "interleaved"
         if suffix in IMAGE_SUFFIXES or suffix == "txt":
             return "webdataset"
-        if suffix == "json" and b'"texts"' in _read(path, item[2], item[3]):
+        if suffix == "json" and b'"texts"' in read_bytes(path, item[2], item[3]):
             return "interleaved"
     return "webdataset"
