@@ -68,6 +68,16 @@ def test_runs_everything_on_two_lasting_workers(toml: Path, tmp_path: Path, fake
     run(spec, out, "fake_train:gone")  # nothing left to do: no worker starts
 
 
+def test_the_line_of_a_finished_run_shows_the_loss_of_its_last_step(toml: Path, tmp_path: Path, fake: str) -> None:
+    spec, out = StudySpec.from_toml(toml), tmp_path / "out"
+    lines = run(spec, out, fake).splitlines()  # the fake steps are far faster than events are told
+    for config in spec.runs():
+        last = json.loads((out / "runs" / config.name / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == config.end_step
+        [line] = [line for line in lines if f"{config.name} done" in line]
+        assert line.endswith(f"training loss {last['loss']:.4f}")
+
+
 def test_a_setting_of_the_allocator_by_the_user_wins(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
     monkeypatch.setenv("MALLOC_TOP_PAD_", "4096")
     monkeypatch.setenv("FAKE_TOP_PAD", "4096")

@@ -63,14 +63,17 @@ class Worker:
     def execute(self, request: dict[str, Any]) -> dict[str, Any]:
         """Train one run; returns the `finished` event. Never raises."""
         name, last = "?", 0.0
+        held: dict[str, Any] | None = None  # the latest step that was not told
 
         def on_event(event: dict[str, Any]) -> None:
-            nonlocal last
+            nonlocal last, held
             now = time.monotonic()
-            if event.get("event", "step") == "step" and now - last < EVENT_INTERVAL:
+            event = {"event": "step", **event, "run": name}
+            if event["event"] == "step" and now - last < EVENT_INTERVAL:
+                held = event
                 return
-            last = now
-            self.emit({"event": "step", **event, "run": name})
+            last, held = now, None
+            self.emit(event)
 
         try:
             config = RunConfig.model_validate(request["run"])
@@ -84,6 +87,9 @@ class Worker:
         except Exception as error:
             traceback.print_exc()
             kind, message = "crash", f"{type(error).__name__}: {error}"
+        finally:
+            if held is not None:  # what a person reads as the run's loss is that of its last step
+                self.emit(held)
         return {"event": "finished", "run": name, "status": "failed", "kind": kind, "message": message}
 
     def serve(self) -> None:
