@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Frozen(BaseModel):
@@ -45,7 +46,7 @@ class ModelConfig(Frozen):
     n_experts: Annotated[int, Field(ge=0, le=64)] = 0  # 0 = dense
     top_k: PositiveInt = 1
     routing: Literal["agnostic", "modality-routed"] = "agnostic"
-    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    balance_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     rope_theta: Positive = 10000.0
     norm_eps: Positive = 1e-6
     base_width: PositiveInt | None = None  # muP: width at which the learning rate was tuned; None = no width rule
@@ -110,7 +111,7 @@ class SourceConfig(Frozen):
 class WorldConfig(Frozen):
     """The built-in world (docs/world.md)."""
 
-    seed: int = 0
+    seed: Seed = 0
     entity_bits: Annotated[int, Field(ge=2, le=20)] = 20
     zipf: Positive = 1.35
 
@@ -126,7 +127,7 @@ class DataConfig(Frozen):
     tokenizer: str = "world"  # "world" | "train:VOCAB" (byte-level BPE of the study's text) | path of a tokenizer.json
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     val_rows: PositiveInt = 64  # rows per domain of the fixed validation stream
-    val_seed: int = 1
+    val_seed: Seed = 1
     world: WorldConfig = WorldConfig()
 
     @property
@@ -160,7 +161,7 @@ class TrainConfig(Frozen):
     cooldown_shape: Literal["one-minus-sqrt", "inverse-sqrt", "linear"] = "one-minus-sqrt"
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4  # shrink per step at peak, whatever the learning rate
+    weight_decay: Share = 1e-4  # shrink per step at peak, whatever the learning rate
     clip: Positive = 1.0
     rows_per_step: PositiveInt = 2048
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -174,7 +175,7 @@ class RunConfig(Frozen):
     study: str
     arm: str
     size: str
-    seed: int
+    seed: Seed
     variant: str = ""  # a tuning run, e.g. "lr0.5x"; never mixed into a fit
     kind: Literal["trunk", "branch"]
     parent: str | None = None  # name of the trunk a branch starts from

@@ -97,6 +97,14 @@ BAD = [
     (("image_size = 48", "image_size = 52"), ["[data]", "image_size 52 is not a multiple of patch_size 8"]),
     (("rows_per_step = 2", "rows_per_step = 2\ncooldown_share = 1.0"), ["cooldown_share must be below 1"]),
     (("lr = 5e-3", "lr = -1"), ["[train]", "lr", "greater than 0", "got -1"]),
+    (("depth = 2", "depth = 2\nbalance_weight = inf"), ["balance_weight", "finite number"]),
+    (
+        ("rows_per_step = 2", "rows_per_step = 2\nweight_decay = inf"),
+        ["[train]", "weight_decay", "less than 1"],
+    ),
+    (("seeds = [0]", "seeds = [-1]"), ["[study]", "seeds.0", "greater than or equal to 0", "got -1"]),
+    (("val_rows = 2", "val_rows = 2\nval_seed = -1"), ["[data]", "val_seed", "greater than or equal to 0"]),
+    (("seeds = [0]", "seeds = [99999999999999999999]"), ["seeds.0", "less than 4294967296"]),
     (("[data]", "[data"), ["not valid TOML", "line"]),
 ]
 
@@ -111,6 +119,26 @@ def test_bad_input_is_one_clear_message(read, change: tuple[str, str], words: li
     assert "pydantic" not in message
     for word in words:
         assert word in message, message
+
+
+NUMBERS = {
+    "train": ("lr", "encoder_lr_scale", "cooldown_share", "eps", "weight_decay", "clip", "warmup_steps"),
+    "model": ("balance_weight", "rope_theta", "norm_eps", "base_width"),
+    "data": ("max_bad_share", "val_rows"),
+    "data.world": ("zipf", "seed"),
+}
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf", "1e400"])
+def test_no_setting_is_endless_or_no_number(toml: Path, value: str) -> None:
+    lists = {"train.betas": f"[{value}, 0.9]", "tuning.lr_multipliers": f"[1, {value}]", "study.budgets": f"[{value}]"}
+    lists["data.sources"] = f'[{{ name = "x", domain = "caption", format = "world", weight = {value} }}]'
+    single = {f"{table}.{key}": value for table, keys in NUMBERS.items() for key in keys}
+    for key, given in (lists | single).items():
+        with pytest.raises(InputError, match=r"finite|than") as caught:
+            StudySpec.from_toml(toml, overrides=[f"{key}={given}"])
+        name = key.rpartition(".")[2]
+        assert name in str(caught.value)
 
 
 def test_missing_file_and_folder(toml: Path) -> None:

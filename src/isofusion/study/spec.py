@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from isofusion.config import DataConfig, Frozen, ModelConfig, Positive, RunConfig, TrainConfig
+from isofusion.config import DataConfig, Frozen, ModelConfig, Positive, RunConfig, Seed, TrainConfig
 from isofusion.errors import InputError
 from isofusion.study.checks import apply_override, choice, distinct, known_keys, make
 
@@ -73,7 +73,7 @@ class ExtraSeeds(Frozen):
 
     arm: str
     size: str
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     budgets: tuple[Budget, ...] = ()
 
 
@@ -93,7 +93,7 @@ class StudySpec(Frozen):
     title: str = ""
     description: str = ""
     assumed: str = ""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     budgets: tuple[Budget, ...]
     holdout: Literal["largest-size", "none"] = "largest-size"
     compute: Literal["exact", "6nd"] = "exact"
