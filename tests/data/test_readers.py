@@ -363,6 +363,25 @@ def test_every_prefix_of_an_image_is_broken_or_whole(files):
             decode(data[:cut])
 
 
+def test_why_an_image_is_broken_is_the_same_in_every_run(files, monkeypatch):
+    from PIL import Image
+
+    def reason(data: bytes) -> str:
+        with pytest.raises(BrokenImage) as caught:
+            decode(data)
+        return str(caught.value)
+
+    data = files.image(1, (64, 64), "JPEG")
+    assert reason(b"no picture") == "no JPEG, PNG, WEBP or GIF"
+    assert "truncated" in reason(data[:-300])
+
+    def fails(source, formats):
+        raise OSError(f"cannot seek in {source!r}, sorry")
+
+    monkeypatch.setattr(Image, "open", fails)
+    assert reason(data) == "OSError: cannot seek in, sorry"
+
+
 @pytest.mark.parametrize("how", ["two in one file", "a hole", "reserved space"])
 def test_what_lies_behind_the_end_of_a_tar_is_no_silent_loss(how: str, files, tmp_path: Path) -> None:
     pairs = [(f"{i:03}.txt", f"caption {i} ".encode() * 400) for i in range(60)]

@@ -6,6 +6,7 @@ n patches per image, p patch side. dHash: 8 x 8 signs of horizontal differences 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-fA-F]+>")  # Pillow names the object it read from; no two runs agree on that
 
 
 class BrokenImage(ValueError):
@@ -26,7 +28,7 @@ def decode(data: bytes) -> np.ndarray:
 
     Decodes every pixel, so a truncated file fails here. Raises BrokenImage.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -35,8 +37,10 @@ def decode(data: bytes) -> np.ndarray:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
             return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise BrokenImage(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from error
     except Exception as error:  # Pillow's decoders raise many types on hostile bytes: all of them mean "broken"
-        raise BrokenImage(f"{type(error).__name__}: {str(error)[:120]}") from error
+        raise BrokenImage(f"{type(error).__name__}: {ADDRESS.sub('', str(error))[:120]}") from error
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
