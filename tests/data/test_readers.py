@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import zstandard
 
 from isofusion.data import readers
-from isofusion.data.compressed import unzstd
+from isofusion.data.compressed import Damaged, gunzip, unzstd
 from isofusion.data.images import BrokenImage, decode, dhash, from_patches, to_patches
 from isofusion.data.index import index_file
 from isofusion.data.readers import detect_format, open_reader
@@ -282,6 +283,42 @@ def test_damaged_compressed_text(files, tmp_path, suffix, damage, reason, lost_b
             file.unlink()
 
 
+def _packed(suffix: str, data: bytes, parts: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """`data` as gzip members or zstd frames of ten blocks each, and where the blocks begin: (packed, unpacked)."""
+    out, starts, size = b"", [], -(-len(data) // parts)
+    for first in range(0, len(data), size):
+        stream = zlib.compressobj(wbits=31) if suffix == ".gz" else zstandard.ZstdCompressor().compressobj()
+        flush = zlib.Z_FULL_FLUSH if suffix == ".gz" else zstandard.COMPRESSOBJ_FLUSH_BLOCK
+        part = data[first : first + size]
+        for i in range(0, len(part), len(part) // 10):
+            out += stream.compress(part[i : i + len(part) // 10]) + stream.flush(flush)
+            starts.append((len(out), min(len(part), i + len(part) // 10) + first))
+        out += stream.flush()
+    return out, starts
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["truncated", "overwritten"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_line_before_the_damage_is_read(files, tmp_path, suffix, damage, parts):
+    rng = np.random.default_rng(0)
+    rows = [{"text": f"{i} {rng.bytes(20).hex()}"} for i in range(6000)]
+    data = files.jsonl(tmp_path / "x.jsonl", rows).read_bytes()
+    packed, starts = _packed(suffix, data, parts)
+    name = {".gz": "gzip", ".zst": "zstd"}[suffix]
+    for number in (0, 4, len(starts) // 2 + 1, len(starts) - 3):
+        at, there = starts[number]
+        path = tmp_path / f"{number}.jsonl{suffix}"
+        path.write_bytes(packed[:at] + (b"\xff" * (len(packed) - at) if damage == "overwritten" else b""))
+        index, samples = read(path, "text")
+        whole = data[:there].count(b"\n")
+        assert [text for (text,) in samples] == [row["text"] for row in rows[:whole]]
+        reason = f"truncated {name} file" if damage == "truncated" else f"broken {name} file"
+        assert index.bad.pop(reason) == 1
+        assert index.bad == ({} if data[there - 1 : there] == b"\n" else {"broken json": 1})
+        assert 0 <= len(packed) - at - index.unread < 3 if damage == "overwritten" else index.unread == 0
+
+
 def test_hostile_json_is_a_bad_sample_and_not_a_crash(files, tmp_path):
     deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     half = rb'{"text": "half a pair \ud800"}'
@@ -308,6 +345,22 @@ def test_zstd_frames_larger_than_a_chunk(tmp_path):
     (tmp_path / "z").write_bytes(zstandard.ZstdCompressor().compress(data) * 2)
     with (tmp_path / "z").open("rb") as file:
         assert b"".join(unzstd(file)) == data * 2
+
+
+def test_zeros_after_a_gzip_member_are_padding_and_nothing_else_is(tmp_path):
+    def unpacked(data: bytes) -> bytes:
+        (tmp_path / "z").write_bytes(data)
+        with (tmp_path / "z").open("rb") as file:
+            return b"".join(gunzip(file))
+
+    one = gzip.compress(b"one ")
+    assert unpacked(one + bytes(100_000) + one) == b"one one "
+    for bad, at in ((one + b"x" * 100, len(one) + 1), (bytes(100), 1), (one[:-8] + bytes(8), len(one) - 5)):
+        with pytest.raises(Damaged) as caught:
+            unpacked(bad)
+        assert caught.value.at == at
+    with pytest.raises(EOFError):
+        unpacked(one + one[:-1])
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------

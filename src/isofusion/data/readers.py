@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from isofusion.data import cache
-from isofusion.data.compressed import gunzip, unzstd
+from isofusion.data.compressed import Damaged, gunzip, unzstd
 from isofusion.data.members import Pictures, exact, read_bytes
 from isofusion.data.sample import BadSample, Found, Ref, Segments
 from isofusion.errors import InputError
@@ -301,7 +301,7 @@ class TextLines:
         if self._plain is None:
             stat = self.path.stat()
             key = cache.digest(str(self.path.resolve()), stat.st_size, stat.st_mtime_ns)
-            place = cache.root() / "lines" / "v1" / f"{key}.jsonl"
+            place = cache.root() / "lines" / "v2" / f"{key}.jsonl"
             note = place.with_suffix(".bad")  # what was wrong with the compressed file, kept beside the copy
             with cache.lock(place):
                 if not place.exists():
@@ -323,9 +323,9 @@ class TextLines:
                     out.write(chunk)
             except EOFError:
                 self._trouble = BadSample(self.path.name, f"truncated {wanted} file", "ends inside a frame")
-            except ValueError as error:
-                unread = size - (source.tell() if out.tell() else 0)
-                self._trouble = BadSample(self.path.name, f"broken {wanted} file", str(error)[:120], max(1, unread))
+            except Damaged as error:
+                unread = max(1, size - error.at)
+                self._trouble = BadSample(self.path.name, f"broken {wanted} file", str(error)[:120], unread)
 
     def refs(self) -> Iterator[Found | BadSample]:
         with self.plain().open("rb") as file:
