@@ -134,6 +134,12 @@ class DataConfig(Frozen):
     def patches_per_image(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def unvalidated(self) -> tuple[str, ...]:
+        """Domains that are trained on and have no validation files: no loss and no law will be known of them."""
+        measured = {s.domain for s in self.sources if s.val or s.format == "world"}
+        return tuple(dict.fromkeys(s.domain for s in self.sources if s.domain not in measured))
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if not self.sources:

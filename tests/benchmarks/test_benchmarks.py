@@ -121,7 +121,8 @@ def test_input_reads_files_cold_and_warm(benchmark: ModuleType, tmp_path: Path) 
     (tmp_path / "study.toml").write_text(
         '[study]\nname = "small"\nbudgets = [8192]\n'
         '[data]\nrow_len = 128\nimage_size = 16\npatch_size = 8\ntokenizer = "train:300"\n'
-        'sources = [{ name = "t", domain = "text", format = "text", weight = 1, train = ["a.jsonl"] }]\n'
+        'sources = [{ name = "t", domain = "text", format = "text", weight = 1, '
+        'train = ["a.jsonl"], val = ["a.jsonl"] }]\n'
         "[model]\ndepth = 1\nhead_dim = 16\nffn_multiple = 16\npatch_size = 8\n"
         "[train]\nwarmup_steps = 1\nrows_per_step = 2\n"
         '[[arms]]\nname = "early"\n[arms.sizes]\ns64 = { width = 64 }\n'

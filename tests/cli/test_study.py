@@ -76,7 +76,7 @@ def test_bad_study_is_exit_code_2(toml: Path, capsys: pytest.CaptureFixture[str]
 def test_data_that_cannot_be_read_leaves_no_lock_behind(toml: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Otherwise the study, once mended, would differ from its lock."""
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
-    source = '{ name = "t", domain = "text", format = "text", weight = 1, train = ["*.jsonl"] }'
+    source = '{ name = "t", domain = "text", format = "text", weight = 1, val = ["*.jsonl"], train = ["*.jsonl"] }'
     text = STUDY.replace('{ name = "captions", domain = "caption", format = "world", weight = 1 }', source)
     toml.write_text(text.replace("[data]", '[data]\ntokenizer = "own.json"'))
     Path("data").mkdir()
@@ -99,11 +99,29 @@ def test_data_that_cannot_be_read_leaves_no_lock_behind(toml: Path, tmp_path: Pa
     Path("data/a.jsonl").write_text('{"text": "words"}\n' * 40 + '{"text": 3}\n')
     monkeypatch.setattr("isofusion.study.run.run_study", lambda *_, **__: None)
     monkeypatch.setattr("isofusion.cli.study.report_command", lambda out: None)
-    source_with_val = source.replace("train =", 'val = ["*.jsonl"], train =')
-    toml.write_text(toml.read_text().replace(source, source_with_val))
     assert call("study", "run", toml, "--data", "data", "--jobs", 1) == 0
     assert "note: source t (train): left out: wrong type 1; first: a.jsonl: 41: wrong type" in capsys.readouterr().err
     assert Path("runs/small/study.lock").exists()
+
+
+def test_a_domain_that_nothing_validates_is_said_before_it_is_locked(toml: Path, capsys) -> None:
+    caption = '{ name = "captions", domain = "caption", format = "world", weight = 1 }'
+    words = '{ name = "t", domain = "text", format = "text", weight = 1, train = ["*.jsonl"] }'
+    common = toml.read_text().replace("[data]", '[data]\ntokenizer = "train:300"')
+    toml.write_text(common.replace(caption, words))
+    for verb in ("estimate", "lock", "run"):
+        assert call("study", verb, toml) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: small.toml: [data]: no source has validation files")
+        assert "give val = [" in error
+    assert not Path("runs").exists()
+    two = caption.replace('format = "world"', 'format = "webdataset", train = ["*.tar"], val = ["*.tar"]')
+    toml.write_text(common.replace(caption, f"{two}, {words}"))
+    note = "note: no source of domain text has validation files (val = [...])"
+    assert call("study", "lock", toml, "--jobs", 1) == 0
+    assert note in capsys.readouterr().err
+    assert call("study", "estimate", toml, "--no-probe", "--jobs", 1) == 0
+    assert note in capsys.readouterr().out
 
 
 def test_run_ends_with_the_path_of_the_report(toml: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,15 @@ def test_insignificant_differences_are_called_so(planted: Any, tmp_path: Path) -
     assert any(line.startswith("Which of early and late is better") for line in a["cannot"])
 
 
+def test_a_domain_that_was_trained_and_not_validated_is_left_open(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    assert not any("never validated" in line for line in analyse(tmp_path / "s", rows)["cannot"])
+    a = analyse(tmp_path / "s", [{k: v for k, v in row.items() if k != "loss_text"} for row in rows])
+    line = next(line for line in a["cannot"] if "never validated" in line)
+    assert line.startswith("Anything about the domain text")
+
+
 def test_a_failed_fit_becomes_a_warning(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out, tmp_path / "s")

@@ -129,6 +129,8 @@ def lock_command(
     from isofusion.study.split import choose_split
 
     spec, out, overrides = _load(toml, out, data, sets)
+    for note in spec.notes():
+        print(f"note: {note}", file=sys.stderr)
     split = choose_split(spec, out, jobs=jobs, threads=threads, console=Console(stderr=True))
     lock = write_lock(out, spec, toml=toml, jobs=split.jobs, threads=split.threads, overrides=overrides)
     print(f"{out / LOCK}: {len(lock['runs'])} runs, digest {lock['digest'][:12]}, locked {lock['locked_at']}")

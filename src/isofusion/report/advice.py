@@ -185,6 +185,12 @@ def cannot_say(a: Analysis) -> list[str]:
                 f"Which of {pair['first']} and {pair['second']} is better at {power(at['c'])} FLOPs: their difference, "
                 f"{fixed(at['diff'], sign=True)} {interval((at['lo'], at['hi']))} nats/token, may be 0."
             )
+    trained = dict.fromkeys(source.get("domain") for source in a["methods"]["sources"])
+    if unknown := [domain for domain in trained if domain and domain not in s["domains"]]:
+        found.append(
+            f"Anything about the domain {listed(unknown)}: it was trained on and never validated (no source of it has "
+            f"validation files)."
+        )
     if len(s["arms"]) == 1:
         found.append(f"Whether another architecture would do better: only {s['arms'][0]} was trained.")
     best = (a["answer"].get("ref") or {"arms": []})["arms"][:1]

@@ -139,7 +139,7 @@ def estimate(
     from isofusion.model.count import count_parameters, six_nd
 
     runs, here = spec.runs(), data_is_here(spec)
-    notes: list[str] = []
+    notes = spec.notes()
     first = spec.arms[0].sizes[0].train
     longest = max(runs, key=lambda run: run.end_step * run.train.rows_per_step)
     if here:
@@ -211,7 +211,8 @@ def estimate(
         step = per_step_seconds(run, row["own_flops"] / row["steps"])
         evaluation = 0.0
         if run.kind == "branch":
-            val_rows = spec.data.val_rows * len({source.domain for source in spec.data.sources})
+            validated = {source.domain for source in spec.data.sources}.difference(spec.data.unvalidated)
+            val_rows = spec.data.val_rows * len(validated)
             evaluation = step * EVAL_PASSES / 3 * val_rows / run.train.rows_per_step
         row["seconds"] = row["steps"] * step + evaluation
     branches = [row for row in rows if row["kind"] == "branch"]

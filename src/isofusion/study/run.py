@@ -34,8 +34,8 @@ class Interrupted(Exception):
 def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
     """Once, before the workers: torch is there, and the data can be read (index, tokenizer and caches are built).
 
-    Returns what a person should know of the data before it is used: bad samples that are left out. Raises InputError
-    where the data is not what an earlier session of the study in `out` used.
+    Returns what a person should know of the data before it is used: bad samples that are left out, domains that are
+    never validated. Raises InputError where the data is not what an earlier session of the study in `out` used.
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("training needs torch: pip install 'isofusion[train]'")
@@ -56,7 +56,7 @@ def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
         seeds = sorted({run.seed for run in spec.runs()})
         generate(spec.data, seeds, longest.train.rows_per_step, longest.end_step, cores())
         measure_peak()
-    notes = []
+    notes = spec.notes()
     for split, stream in streams.items():
         for index in (source.index for source in stream.sources if hasattr(source, "index")):
             if index.bad:

@@ -155,6 +155,11 @@ class StudySpec(Frozen):
         """What needs the whole study: names, references, warm-up, steps. Raises InputError."""
         if not self.arms:
             raise InputError("a study needs at least one [[arms]]")
+        if set(self.data.unvalidated) == {source.domain for source in self.data.sources}:
+            raise InputError(
+                "[data]: no source has validation files, so no loss would be measured; give val = ['FOLDER/val-*.tar'] "
+                "or the like to at least one source of every domain"
+            )
         distinct([arm.name for arm in self.arms], "arm")
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
             raise InputError(f"[study]: budgets must be distinct and ascending, got {list(self.budgets)}")
@@ -179,6 +184,14 @@ class StudySpec(Frozen):
         distinct(names, "run")
         for name in self.exclude:
             choice(name, [run.name for run in runs if run.kind == "branch"], "[study]: exclude")
+
+    def notes(self) -> list[str]:
+        """What is allowed and may yet be an oversight."""
+        return [
+            f"no source of domain {domain} has validation files (val = [...]): the study trains on it, and neither its "
+            f"loss nor its law will be known; the mean over domains leaves it out"
+            for domain in self.data.unvalidated
+        ]
 
     def arm(self, name: str, where: str = "arm") -> ArmSpec:
         choice(name, [arm.name for arm in self.arms], f"{where}: arm")
