@@ -11,6 +11,7 @@ import pytest
 
 from isofusion.cli.main import main
 from isofusion.errors import RunFailure
+from isofusion.study.lock import later_changes, read_lock
 
 STUDY = """
 [study]
@@ -59,6 +60,34 @@ def test_lock_then_edit_is_refused(toml: Path, capsys: pytest.CaptureFixture[str
     assert "arms.early.sizes.s16.model.width: 16 -> 24" in error
     assert "Traceback" not in error
     assert Path("runs/small/study.lock").read_bytes() == before
+
+
+def test_another_data_folder_in_the_file_is_another_study(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        Path(name).mkdir()
+    toml.write_text(STUDY.replace("[data]", '[data]\nfolder = "one"'))
+    assert call("study", "lock", toml, "--jobs", 1) == 0
+    toml.write_text(STUDY.replace("[data]", '[data]\nfolder = "two"'))
+    capsys.readouterr()
+    assert call("study", "run", toml) == 2
+    assert "data.folder: 'one' -> 'two'" in capsys.readouterr().err
+    assert any("data.folder: 'one' -> 'two'" in change for change in later_changes(Path("runs/small")))
+    assert call("study", "run", toml, "--set", "data.folder='one'", "--data", "two") == 2
+    assert "data.folder: 'one' -> 'two'" in capsys.readouterr().err
+
+
+def test_a_data_folder_of_the_command_line_is_remembered(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        Path(name).mkdir()
+    toml.write_text(STUDY.replace("[data]", '[data]\nfolder = "two"'))
+    assert call("study", "lock", toml, "--jobs", 1, "--data", "one") == 0
+    before = read_lock(Path("runs/small"))
+    assert before["spec"]["data"]["folder"] == "one"
+    assert call("study", "lock", toml, "--jobs", 1) == 0
+    assert read_lock(Path("runs/small")) == before
+    assert later_changes(Path("runs/small")) == []
+    assert call("study", "lock", toml, "--jobs", 1, "--data", "two") == 2
+    assert "data.folder: 'one' -> 'two'" in capsys.readouterr().err
 
 
 def test_bad_study_is_exit_code_2(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ class Study:
     spec: Any
     out: Path
     toml: Path
-    overrides: list[str]
+    given: dict[str, Any]  # data and overrides, for the lock
 
 
 def refuse_local(out: Path, asked: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def run(
         toml=study.toml,
         jobs=request.array_limit or len(spec.runs()),
         threads=threads,
-        overrides=study.overrides,
+        **study.given,
     )
     prepare(spec, out)  # all is read by now: holds the data to what the study began with
     words = ["isofusion", "study", "run", str(study.toml), "--out", str(study.out), "--on", "slurm"]

@@ -31,9 +31,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def _load(toml: Path, out: Path | None, data: Path | None, sets: list[str] | None) -> tuple[Any, Path, list[str]]:
-    """(spec, out, overrides). On a locked study, --data and --set need not be given again."""
-    from isofusion.study.lock import LOCK, read_lock
+def _load(toml: Path, out: Path | None, data: Path | None, sets: list[str] | None) -> tuple[Any, Path, dict[str, Any]]:
+    """(spec, out, data and overrides for the lock). On a locked study, --data and --set need not be given again."""
+    from isofusion.study.lock import LOCK, given_folder, read_lock
     from isofusion.study.spec import StudySpec
 
     overrides = list(sets or ())
@@ -42,9 +42,9 @@ def _load(toml: Path, out: Path | None, data: Path | None, sets: list[str] | Non
     if (out / LOCK).exists():
         lock = read_lock(out)
         overrides = overrides or list(lock.get("overrides", ()))
-        folder = (lock["spec"].get("data") or {}).get("folder")
-        data = data or (Path(folder) if folder else None)
-    return StudySpec.from_toml(toml, data=data, overrides=overrides), out, overrides
+        data = data or given_folder(lock)
+    given: dict[str, Any] = {"data": data, "overrides": overrides}
+    return StudySpec.from_toml(toml, **given), out, given
 
 
 def _folder(target: Path, out: Path | None) -> Path:
@@ -128,11 +128,11 @@ def lock_command(
     from isofusion.study.lock import LOCK, write_lock
     from isofusion.study.split import choose_split
 
-    spec, out, overrides = _load(toml, out, data, sets)
+    spec, out, given = _load(toml, out, data, sets)
     for note in spec.notes():
         print(f"note: {note}", file=sys.stderr)
     split = choose_split(spec, out, jobs=jobs, threads=threads, console=Console(stderr=True))
-    lock = write_lock(out, spec, toml=toml, jobs=split.jobs, threads=split.threads, overrides=overrides)
+    lock = write_lock(out, spec, toml=toml, jobs=split.jobs, threads=split.threads, **given)
     print(f"{out / LOCK}: {len(lock['runs'])} runs, digest {lock['digest'][:12]}, locked {lock['locked_at']}")
 
 
@@ -180,9 +180,9 @@ def run_command(
     }
     asked |= {"partition": partition, "array_limit": array_limit, "account": account, "constraint": constraint}
     asked |= {"grace": grace, "setup": setup, "sbatch": sbatch}
-    spec, out, overrides = _load(toml, out, data, sets)
+    spec, out, given = _load(toml, out, data, sets)
     if on == slurm.Where.slurm:
-        where = slurm.Study(spec, out, toml, overrides)
+        where = slurm.Study(spec, out, toml, given)
         if slurm.run(where, asked, jobs, threads, resume=resume, dry_run=dry_run, report=not no_report):
             report_command(out)
         return
@@ -202,7 +202,7 @@ def run_command(
         # before the lock: data that cannot be read must not leave one behind that then refuses the mended study
         for note in prepare(spec):
             print(f"note: {note}", file=sys.stderr)
-    write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, overrides=overrides)
+    write_lock(out, spec, toml=toml, jobs=jobs, threads=threads, **given)
     command = shlex.join(["isofusion", "study", "run", str(toml), "--out", str(out), "--resume"])
     console.print(
         f"{spec.name}: {len(spec.runs())} runs in {out}, {jobs} jobs x {threads} threads", highlight=False, markup=False

@@ -53,15 +53,26 @@ def analysis(spec: StudySpec) -> dict[str, Any]:
 
 
 def write_lock(
-    out: Path, spec: StudySpec, *, toml: Path | None, jobs: int, threads: int, overrides: Sequence[str] = ()
+    out: Path,
+    spec: StudySpec,
+    *,
+    toml: Path | None,
+    jobs: int,
+    threads: int,
+    data: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write `<out>/study.lock` atomically and return it; an existing lock must agree (see `check_lock`)."""
+    """Write `<out>/study.lock` atomically and return it; an existing lock must agree (see `check_lock`).
+
+    `data` and `overrides`: what the command line added to the file, for `StudySpec.from_toml` to read it so again.
+    """
     if (out / LOCK).exists():
         return check_lock(out, spec)
     lock = {
         "format": 1,
         "locked_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "toml": str(toml) if toml else None,
+        "data": str(data) if data else None,
         "overrides": list(overrides),
         "spec": spec.model_dump(mode="json"),
         "digest": _digest(definition(spec)),
@@ -88,6 +99,12 @@ def read_lock(out: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: is damaged; restore it, or start again with another --out") from None
     return lock
+
+
+def given_folder(lock: dict[str, Any]) -> Path | None:
+    """--data of the command that wrote the lock; None where the study's file itself named the folder, or none."""
+    folder = lock["data"] if "data" in lock else lock["spec"]["data"].get("folder")  # older locks do not tell
+    return Path(folder) if folder else None
 
 
 def locked_spec(out: Path) -> StudySpec:
@@ -184,16 +201,16 @@ def later_changes(out: Path) -> list[str]:
     toml = lock.get("toml")
     if toml and Path(toml).is_file():
         try:
-            folder = lock["spec"]["data"]["folder"]
-            data = folder if folder and Path(folder).is_dir() else None
-            now = StudySpec.from_toml(toml, data=data, overrides=lock.get("overrides", ())).model_dump(mode="json")
+            data = given_folder(lock)
+            there = data if data and data.is_dir() else None  # a report may be made where the data is not
+            now = StudySpec.from_toml(toml, data=there, overrides=lock.get("overrides", ())).model_dump(mode="json")
         except InputError as error:
             found.append(f"the study's file no longer reads: {error}")
         else:
             found += [
                 f"{toml} was edited after the lock (the results are of the locked study): {line}"
                 for line in differences(lock["spec"], now)
-                if not line.startswith("data.folder:")  # given by --data, not by the file
+                if not (data and line.startswith("data.folder:"))  # given by --data, not by the file
             ]
     return list(dict.fromkeys(found))
 
