@@ -46,6 +46,60 @@ def _words(special):
     return tok
 
 
+RESERVED = ["<pad>", "<s>", "</s>", "<image>"]
+
+
+def _words_between_spaces(add: str) -> JsonTokenizer:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [*([] if add == "added" else RESERVED), "[UNK]", "a", "b", "<", "image>"]
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if add == "special":
+        tok.add_special_tokens(RESERVED)
+    elif add == "added":
+        tok.add_tokens(RESERVED)
+    return JsonTokenizer(tok.to_str())
+
+
+def _unigram() -> JsonTokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = [(r, 0.0) for r in [*RESERVED, "<unk>"]] + [(c, -3.0) for c in "ab</image>s\u2581"]
+    tok = Tokenizer(models.Unigram(pieces, unk_id=4))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return JsonTokenizer(tok.to_str())
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "special", "added", "unigram"])
+def test_text_that_spells_a_reserved_token_is_taken_apart_whatever_the_file_calls_it(kind):
+    tok = _unigram() if kind == "unigram" else _words_between_spaces(kind)
+    reserved = {tok.pad_id, tok.bos_id, tok.eos_id, tok.image_id}
+    for text in ("a <image> b", "<image>", "a </s>", "<s> <pad> <image><image>"):
+        assert reserved.isdisjoint(tok.encode(text).tolist())
+        assert tok.encode_many(["a", text])[1].tolist() == tok.encode(text).tolist()
+    assert tok.decode(tok.encode("a <image> b")).replace(" ", "") == "a<image>b"
+    many = tok.encode("<image> " * 5000)
+    assert reserved.isdisjoint(many.tolist())
+    assert len(many) >= 10_000
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "special", "added", "unigram"])
+def test_bytes_leave_reserved_tokens_out_and_unknown_ones_leave_them_open(kind):
+    tok = _unigram() if kind == "unigram" else _words_between_spaces(kind)
+    ids = tok.encode("a b")
+    assert tok.n_bytes(np.array([tok.bos_id, *ids, tok.eos_id])) == 3
+    assert tok.n_bytes(tok.encode("a zzz b")) is None
+
+
+def test_an_ordinary_end_token_of_a_byte_level_model_spells_no_bytes():
+    spec = json.loads(train(300, lambda: TEXT, "c").content)
+    spec["added_tokens"] = []
+    tok = JsonTokenizer(json.dumps(spec))
+    ids = tok.encode("some text </s> <image>")
+    assert tok.n_bytes(np.array([tok.bos_id, *ids, tok.eos_id])) == len("some text </s> <image>")
+
+
 def test_other_names_of_reserved_tokens(tmp_path):
     path = tmp_path / "tokenizer.json"
     _words(["<s>", "</s>", "[PAD]", "<|image|>"]).save(str(path))

@@ -25,7 +25,7 @@ from isofusion.data.sample import DOMAINS, BadSample, Segments
 from isofusion.data.tokenizer import JsonTokenizer
 from isofusion.errors import InputError
 
-VERSION = 1
+VERSION = 2
 BATCH = 512  # texts tokenised at once
 OPEN = 64  # stores of patches of a source that are mapped at a time: each holds a file open
 

@@ -1,7 +1,7 @@
 """Tokenizers of real text: any `tokenizer.json`, or a byte-level BPE trained on the study's own training text.
 
-Both need four reserved tokens: padding, begin, end, image. Text never becomes one of them: a literal "<eos>" in a
-document is spelled out.
+Both need four reserved tokens: padding, begin, end, image. Text never becomes one of them, whether the file calls them
+special or not: a literal "<eos>" in a document is spelled out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,34 +71,66 @@ class JsonTokenizer:
         self._tok = tok
         self.name = name
         self.pad_id, self.bos_id, self.eos_id, self.image_id = (vocabulary[str(found[r])] for r in RESERVED)
+        self._reserved = {self.pad_id, self.bos_id, self.eos_id, self.image_id}
         self.vocab_size = max(vocabulary.values()) + 1
+        spec = json.loads(tok.to_str())
         self.digest = hashlib.sha256(tok.to_str().encode()).hexdigest()
         self.content = content
-        self._bytes = _byte_lengths(tok, vocabulary, self.vocab_size)
+        self._unknown = _unknown(spec["model"], vocabulary)
+        self._bytes = _byte_lengths(spec, vocabulary, self.vocab_size)
+        if self._bytes is not None:
+            self._bytes[list(self._reserved)] = 0
 
     def encode(self, text: str) -> np.ndarray:
-        """Text -> i32[L], no reserved token added."""
-        return np.array(self._tok.encode(text, add_special_tokens=False).ids, np.int32)
+        """Text -> i32[L], no reserved token in it."""
+        return self.encode_many([text])[0]
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
         # fast: without the places of the tokens in the text
-        found = self._tok.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, np.int32) for e in found]
+        found = [e.ids for e in self._tok.encode_batch_fast(texts, add_special_tokens=False)]
+        clean = self._reserved.isdisjoint
+        return [
+            np.array(ids if clean(ids) else self._apart(text), np.int32) for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def _apart(self, text: str) -> list[int]:
+        """Tokens of a text that spells reserved ones, which are cut behind their first character."""
+        found = self._tok.encode(text, add_special_tokens=False)
+        places = [place for i, place in zip(found.ids, found.offsets, strict=True) if i in self._reserved]
+        if not places:
+            return list(found.ids)
+        if short := next((text[a:b] for a, b in places if b - a < 2), None):
+            raise InputError(f"{self.name} takes the text {short!r} for a reserved token; choose another tokenizer")
+        cuts = [0, *(a + 1 for a, _ in places), len(text)]
+        return [i for a, b in pairwise(cuts) for i in self._apart(text[a:b])]
 
     def decode(self, ids: np.ndarray) -> str:
         """i32[L] -> text; reserved tokens vanish."""
-        return self._tok.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+        kept = [i for i in np.asarray(ids).tolist() if i not in self._reserved]
+        return self._tok.decode(kept, skip_special_tokens=True)
 
-    def n_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes that the tokens spell, reserved tokens 0: the denominator of bits per byte."""
+    def n_bytes(self, ids: np.ndarray) -> int | None:
+        """UTF-8 bytes that the tokens spell, reserved tokens 0: the denominator of bits per byte.
+
+        None where one is the unknown token, which does not tell what it stands for.
+        """
+        ids = np.asarray(ids)
+        if self._unknown is not None and (ids == self._unknown).any():
+            return None
         if self._bytes is not None:
-            return int(self._bytes[np.asarray(ids)].sum())
+            return int(self._bytes[ids].sum())
         return len(self.decode(ids).encode())
 
 
-def _byte_lengths(tok: Any, vocabulary: dict[str, int], size: int) -> np.ndarray | None:
+def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:
+    """Id of the token that stands for what the model has no token for; None where every text has tokens."""
+    if model.get("unk_id") is not None:  # Unigram
+        return int(model["unk_id"])
+    return vocabulary.get(model.get("unk_token") or "")
+
+
+def _byte_lengths(spec: dict[str, Any], vocabulary: dict[str, int], size: int) -> np.ndarray | None:
     """i64[V] for byte-level models, whose tokens spell one byte per character; None for others."""
-    spec = json.loads(tok.to_str())
     decoder = spec.get("decoder") or {}
     kinds = {decoder.get("type"), *(d.get("type") for d in decoder.get("decoders", []))}
     if "ByteLevel" not in kinds:
