@@ -1,6 +1,15 @@
-"""The one exception a user's input can raise; the command line turns it into exit code 2 and one clear message."""
+"""The one exception a user's input can raise; the command line turns it into exit code 2 and one clear message.
+
+And the words for what pydantic finds in it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 
 class InputError(ValueError):
@@ -9,3 +18,30 @@ class InputError(ValueError):
 
 class RunFailure(RuntimeError):
     """A run or a study could not finish (non-finite loss, full disk, dead worker): exit code 1."""
+
+
+def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
+    """A pydantic error as one sentence: key, what is wrong, what was given."""
+    parts = []
+    for item in error.errors(include_url=False)[:3]:
+        keys = [str(part) for part in item["loc"]]
+        if item["type"] == "extra_forbidden":
+            known = list(cls.model_fields) if cls is not None and len(keys) == 1 else []
+            parts.append(unknown(".".join(keys), keys[-1], known))
+        elif item["type"] == "missing":
+            parts.append(f'"{".".join(keys)}" is missing')
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            if item["type"] != "value_error":
+                text = f"{text[0].lower()}{text[1:]}, got {item['input']!r}"
+            parts.append(": ".join(filter(None, [".".join(keys), text])))
+    more = error.error_count() - 3
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def unknown(shown: str, key: str, known: Iterable[str]) -> str:
+    """A key that does not exist, with the nearest one that does."""
+    import difflib
+
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f'unknown key "{shown}"' + (f'; did you mean "{close[0]}"?' if close else "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 
 import numpy as np
 import pytest
@@ -41,6 +43,50 @@ def test_formats_and_shards_are_found(folder):
     assert list(find_groups(str(folder.parent))) != []
 
 
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["00000.tar", "00001.tar", "00002.tar"], {"*.tar": 3}),  # img2dataset
+        (["a-00000-of-00002-0123456789abcdef.parquet", "a-00001-of-00002-89abcdef01234567.parquet"], {"a.parquet": 2}),
+        (["x.000.jsonl.gz", "x.001.jsonl.gz", "x.v2.jsonl.gz"], {"x.jsonl.gz": 2, "x.v2.jsonl.gz": 1}),
+        (["train/0.tar", "train/1.tar", "val/0.tar", "val/1.TAR"], {"train/*.tar": 2, "val/0.tar": 1, "val/1.TAR": 1}),
+    ],
+)  # fmt: skip
+def test_shards_are_one_set_whatever_numbers_them(tmp_path, names, groups):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_groups(str(tmp_path))
+    assert {name: len(files) for (name, _), files in found.items()} == groups
+
+
+def test_odd_file_names_are_as_good_as_others(files, tmp_path):
+    files.jsonl(tmp_path / "my text: part 2.jsonl", [{"text": "some words"}])
+    [entry] = inspect(str(tmp_path), **SMALL)
+    assert (entry["name"], entry["documents"]) == ("my text: part 2.jsonl", 1)
+
+
+def test_a_bad_file_does_not_hide_the_others(folder):
+    (folder / "aaa.parquet").write_text("junk")
+    found = inspect(str(folder), **SMALL)
+    assert ["error" in entry for entry in found] == [True, False, False, False]
+    assert "aaa.parquet: not a parquet file" in found[0]["error"]
+    assert "max_bad_share" not in found[0]["error"]  # no limit makes it readable
+    for options in ([], ["--json"]):
+        run = CliRunner().invoke(app, ["inspect", str(folder), "--row-len", "64", "--image-size", "16", *options])
+        assert isinstance(run.exception, InputError)
+        assert str(run.exception).startswith("1 of 4 sets of files cannot be read (aaa.parquet):\n")
+        assert all(name in run.output for name in ("pics.tar", "inter.tar", "text.jsonl"))
+
+
+def test_a_compressed_tar_is_told_to_be_unpacked(folder):
+    for name, packed in (("a.tar.gz", gzip.compress), ("b.tgz", gzip.compress), ("c.tar.xz", lzma.compress)):
+        (folder / name).write_bytes(packed((folder / "inter.tar").read_bytes()))
+        with pytest.raises(InputError, match=r"compressed tar \(.*unpack it first"):
+            inspect(str(folder / name), **SMALL)
+    assert {("a.tar.gz", "webdataset"), ("b.tgz", "webdataset")} < set(find_groups(str(folder)))
+
+
 def test_counts_bad_and_layout(folder):
     entries = {e["name"]: e for e in inspect(str(folder), **SMALL)}
     pics, text = entries["pics.tar"], entries["text.jsonl"]
@@ -77,7 +123,7 @@ def test_world_is_inspected_and_drawn(tmp_path):
     assert out.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_troubles_are_input_errors(tmp_path):
+def test_troubles_are_input_errors(files, tmp_path):
     for source in ("nothing", str(tmp_path)):
         with pytest.raises(InputError, match="nothing at"):
             inspect(source, **SMALL)
@@ -91,6 +137,10 @@ def test_troubles_are_input_errors(tmp_path):
         inspect("world", image_size=20, patch_size=8)
     with pytest.raises(InputError, match="the world has no domain"):
         inspect("world", domain="sound")
+    files.jsonl(tmp_path / "y.jsonl", [{"text": "words"}])
+    with pytest.raises(InputError) as caught:
+        inspect(str(tmp_path / "y.jsonl"), domain="sound", **SMALL)
+    assert str(caught.value) == "domain: input should be 'caption', 'interleaved' or 'text', got 'sound'"
 
 
 def test_bar_is_as_long_as_it_should_be():

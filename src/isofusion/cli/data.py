@@ -68,16 +68,23 @@ def inspect_command(
 ) -> None:
     """Count a source and show it: samples, tokens, image sizes, what is bad, the layout of packed rows."""
     from isofusion.data.inspect import inspect
+    from isofusion.errors import InputError
 
     found = inspect(
         source, format=format, domain=domain, tokenizer=tokenizer, row_len=row_len, image_size=image_size,
         patch_size=patch_size, rows=rows, samples=samples,
     )  # fmt: skip
+    wrong = [entry for entry in found if "error" in entry]
     if as_json:
         typer.echo(json.dumps(found, indent=2, allow_nan=False, ensure_ascii=False))
-        return
-    for entry in found:
-        _print(entry)
+    else:
+        for entry in found:
+            if "error" not in entry:
+                _print(entry)
+    if wrong:
+        names = ", ".join(entry["name"] for entry in wrong)
+        messages = "\n".join(entry["error"] for entry in wrong)
+        raise InputError(f"{len(wrong)} of {len(found)} sets of files cannot be read ({names}):\n{messages}")
 
 
 def _print(entry: dict[str, Any]) -> None:

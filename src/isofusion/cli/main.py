@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from isofusion.errors import InputError, RunFailure
+from isofusion.errors import InputError, RunFailure, explain
 
 VERBS = {
     "data": ("isofusion.cli.data", "app", "Look at data: samples, counts, packed rows."),
@@ -90,8 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(f"{where}{error.strerror or error}", 1)
     except Exception as error:
         if type(error).__name__ == "ValidationError" and type(error).__module__.startswith("pydantic"):
-            from isofusion.study.checks import explain
-
             _end(explain(error), 2)  # type: ignore[arg-type]
         raise
 

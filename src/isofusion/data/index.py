@@ -312,10 +312,12 @@ class SourceIndex:
         if not bad:
             names = ", ".join(f.path.name for f in self.files)
             raise InputError(f"source {self.name}: there is no sample in {names}")
+        head = f"{share:.1%} is bad (limit {max_bad_share:.1%}; {self.n} good samples)"
+        tail = ", or raise data.max_bad_share if the loss is acceptable"
         raise InputError(
-            f"source {self.name}: {share:.1%} is bad (limit {max_bad_share:.1%}; {self.n} good samples): {counts}\n  "
+            f"source {self.name}: {head if self.n else 'there is no good sample'}: {counts}\n  "
             + "\n  ".join(self.examples)
-            + "\nmend or remove these files, or raise data.max_bad_share if the loss is acceptable"
+            + f"\nmend or remove these files{tail if self.n else ''}"
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from isofusion.config import DataConfig, SourceConfig, WorldConfig
 from isofusion.data import ahead
@@ -17,11 +19,13 @@ from isofusion.data.finite import Documents, FiniteSource
 from isofusion.data.readers import detect_format
 from isofusion.data.sample import DOMAINS, Segments
 from isofusion.data.stream import Stream
-from isofusion.errors import InputError
+from isofusion.errors import InputError, explain
 from isofusion.processors import cores
 
 DOMAIN_OF = {"webdataset": "caption", "interleaved": "interleaved", "text": "text"}
 EXCERPT = 200  # characters of a sample
+SUFFIX = re.compile(r"\.(tar|tgz|parquet|jsonl|ndjson)(\.(gz|zst|zstd|bz2|xz))?$", re.IGNORECASE)
+SHARD = re.compile(r"[-_. ]?\d+([-_.]of[-_.]\d+(-[0-9a-f]{16})?)?$")  # 000, -00000-of-00004, the same with a digest
 
 
 def inspect(
@@ -39,25 +43,30 @@ def inspect(
     """One entry per domain of the world, or per set of like-named files of a file, folder or glob. Raises InputError.
 
     Keys: name, format, domain, files, documents, bad, bad_share, bad_examples, images, text, tokenizer, packing,
-    samples, rows. `rows` holds the segments [kind, document, slots] of the first packed rows.
+    samples, rows. `rows` holds the segments [kind, document, slots] of the first packed rows. A set that cannot be read
+    beside others that can has name, format, domain, files and `error`.
     """
     settings: dict[str, Any] = {"row_len": row_len, "image_size": image_size, "patch_size": patch_size, "val_rows": 1}
     try:
         if source == "world":
             return _world(settings, domain, tokenizer, rows, samples)
-        groups = find_groups(source, format)
-        return [
-            _files(name, fmt, files, domain or DOMAIN_OF[fmt], settings, tokenizer or "train:4096", rows, samples)
-            for (name, fmt), files in groups.items()
-        ]
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(str(error)) from error  # pydantic's, which names the setting
+        entries = []
+        for (name, fmt), files in find_groups(source, format).items():
+            about = domain or DOMAIN_OF.get(fmt, "")
+            try:
+                entries.append(_files(name, fmt, files, about, settings, tokenizer or "train:4096", rows, samples))
+            except InputError as error:
+                head = {"name": name, "format": fmt, "domain": about, "files": [str(f) for f in files]}
+                entries.append({**head, "error": str(error)})
+        if all("error" in entry for entry in entries):
+            raise InputError("\n".join(entry["error"] for entry in entries))
+        return entries
+    except ValidationError as error:
+        raise InputError(explain(error)) from error
 
 
 def find_groups(source: str, format: str | None = None) -> dict[tuple[str, str], list[Path]]:
-    """(name, format) -> sorted files. Shards `a-000.tar`, `a-001.tar` are one group. Raises InputError."""
+    """(name, format) -> sorted files. Shards `a-000.tar`, `a-001.tar` of a folder are one group. Raises InputError."""
     path = Path(source)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file()) or sorted(p for p in path.rglob("*") if p.is_file())
@@ -69,26 +78,35 @@ def find_groups(source: str, format: str | None = None) -> dict[tuple[str, str],
         files = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
     if not files:
         raise InputError(f"nothing at {source!r}: give 'world', a folder, a file, or a glob in quotes")
-    groups: dict[tuple[str, str], list[Path]] = {}
-    for file in files:
-        kind = format or detect_format(file)
-        if kind is not None:
-            stem, _, suffix = file.name.partition(".")
-            stem = re.sub(r"([-_.]?\d+)?(-of-\d+)?$", "", stem) or stem
-            groups.setdefault((f"{stem}.{suffix}", kind), []).append(file)
-    if not groups:
+    found = [(file, kind) for file in files if (kind := format or detect_format(file)) is not None]
+    if not found:
         raise InputError(
             f"no file of {source!r} has a known format (.tar, .parquet, .jsonl, .jsonl.gz, .jsonl.zst): "
             f"name it with --format webdataset, interleaved or text"
         )
-    return groups
+    top = os.path.commonpath([file.parent for file, _ in found])
+    groups: dict[tuple[str, str, Path], list[Path]] = {}
+    for file, kind in found:
+        groups.setdefault((_series(file.name), kind, file.parent), []).append(file)
+    named = {}
+    for (series, kind, folder), some in groups.items():
+        name = folder.relative_to(top) / (series if len(some) > 1 else some[0].name)
+        named[name.as_posix(), kind] = some
+    return named
+
+
+def _series(name: str) -> str:
+    """`train-00000-of-00004.parquet` -> `train.parquet`; `00012.tar` -> `*.tar`: what the shards of a set share."""
+    suffix = match[0] if (match := SUFFIX.search(name)) else Path(name).suffix
+    return (SHARD.sub("", name.removesuffix(suffix)) or "*") + suffix
 
 
 def _files(
     name: str, format: str, files: list[Path], domain: str, settings: dict, tokenizer: str, rows: int, samples: int
 ) -> dict[str, Any]:
     globs = [glob.escape(str(f.resolve())) for f in files]
-    config: dict[str, Any] = {"name": name, "domain": domain, "format": format, "weight": 1.0, "train": globs}
+    label = re.sub(r"[:\s]", "_", name)  # as the keys of samples can hold it
+    config: dict[str, Any] = {"name": label, "domain": domain, "format": format, "weight": 1.0, "train": globs}
     data = DataConfig(sources=(SourceConfig(**config),), tokenizer=tokenizer, max_bad_share=1.0, **settings)
     ahead.index(data, ("train",), cores())
     stream = Stream(data, 0, "train", 1)

@@ -34,6 +34,8 @@ class Reader(Protocol):
 # ---- tar ------------------------------------------------------------------------------------------------------------
 
 
+PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.zstd", ".tar.bz2", ".tar.xz")
+MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")  # of what compresses them
 PADDING = 1 << 20  # zeros at the end of a tar that may be padding: tools fill up to 10 KiB, some more
 
 
@@ -65,7 +67,10 @@ def _scan_tar(path: Path) -> Iterator[tuple[str, str, int, int] | BadSample]:
                     key = f"{folder}/{stem}" if folder else stem
                     yield key, suffix, member.offset_data, member.size
     except tarfile.TarError as error:
-        if end == 0:
+        if end == 0 and read_bytes(path, 0, min(size, 6)).startswith(MAGIC):
+            how = "samples are read out of order: unpack it first, for example with gunzip or unzstd"
+            yield BadSample(path.name, "compressed tar", how, size)
+        elif end == 0:
             yield BadSample(path.name, "not a tar file", str(error), size)
         else:
             yield BadSample(path.name, "truncated tar", str(error), max(0, size - end))
@@ -369,6 +374,8 @@ def detect_format(path: Path) -> str | None:
         return "text"
     if name.endswith(".parquet"):
         return "interleaved"
+    if name.endswith(PACKED):
+        return "webdataset"  # which its reader will say is to be unpacked
     if not name.endswith(".tar"):
         return None
     for count, item in enumerate(_scan_tar(path)):

@@ -9,28 +9,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from isofusion.errors import InputError
+from isofusion.errors import InputError, explain, unknown
 
 T = TypeVar("T", bound=BaseModel)
-
-
-def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
-    """A pydantic error as one sentence: key, what is wrong, what was given."""
-    parts = []
-    for item in error.errors(include_url=False)[:3]:
-        keys = [str(part) for part in item["loc"]]
-        if item["type"] == "extra_forbidden":
-            known = list(cls.model_fields) if cls is not None and len(keys) == 1 else []
-            parts.append(_unknown(".".join(keys), keys[-1], known))
-        elif item["type"] == "missing":
-            parts.append(f'"{".".join(keys)}" is missing')
-        else:
-            text = item["msg"].removeprefix("Value error, ")
-            if item["type"] != "value_error":
-                text = f"{text[0].lower()}{text[1:]}, got {item['input']!r}"
-            parts.append(": ".join(filter(None, [".".join(keys), text])))
-    more = error.error_count() - 3
-    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
 def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -80,11 +61,6 @@ def _refuse_hidden(tree: dict[str, Any], text: str, key: str) -> None:
         )
 
 
-def _unknown(shown: str, key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f'unknown key "{shown}"' + (f'; did you mean "{close[0]}"?' if close else "")
-
-
 def known_keys(table: Any, known: Iterable[str], where: str) -> None:
     """Raise InputError for a key outside `known`, with the nearest known one."""
     prefix, names = f"{where}: " if where else "", list(known)
@@ -92,7 +68,7 @@ def known_keys(table: Any, known: Iterable[str], where: str) -> None:
         raise InputError(f"{prefix}must be a table, got {table!r}")
     for key in table:
         if key not in names:
-            raise InputError(prefix + _unknown(key, key, names))
+            raise InputError(prefix + unknown(key, key, names))
 
 
 def choice(name: str, known: list[str], where: str) -> None:
