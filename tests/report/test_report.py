@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.report import evidence, text, words
+from isofusion.report import evidence, render, text, words
 from isofusion.report.analysis import analyse
 from isofusion.report.figures import NAMES
 from isofusion.report.page import DRAW, build_report
@@ -150,6 +150,22 @@ def test_fusion_is_compared_on_the_same_documents(built: Any, planted: Any, tmp_
     assert {r["class"]: r["documents"] is None for r in other} == {
         name: name == "caption/fusion-before" for name in by_class
     }
+
+
+@pytest.mark.parametrize("dash", [[5, 3], [1, 0]])
+@pytest.mark.parametrize("points", [[1], [1, 1, 1], [1, 2]])
+def test_a_line_of_one_point_is_painted_without_a_complaint(points: list[int], dash: list[int], caplog) -> None:
+    spec = {
+        "data": {"values": [{"x": p, "y": p} for p in points]},
+        "layer": [{"mark": {"type": "line", "strokeDash": dash}}, {"mark": "point"}],
+        "encoding": {axis: {"field": axis, "type": "quantitative"} for axis in ("x", "y")},
+    }
+    drawing = render.svg(spec)
+    assert render.png(drawing).startswith(b"\x89PNG")
+    assert caplog.text == ""
+    paths = re.findall("<path[^>]*>", drawing)
+    assert sum("line mark" in path for path in paths) == (len(set(points)) > 1)
+    assert sum('"point"' in path for path in paths) == len(points)
 
 
 def test_insignificant_differences_are_called_so(planted: Any, tmp_path: Path) -> None:

@@ -22,8 +22,11 @@ def svg(spec: dict[str, Any]) -> str:
     """The drawing as a standalone SVG file's text."""
     found = _SCHEMA.search(spec.get("$schema", ""))
     text: str = vlc.vegalite_to_svg(spec, vl_version=found[1] if found else None)
-    return _RAISED.sub(_raise, text)
+    return _POINT.sub("", _RAISED.sub(_raise, text))
 
+
+_POINT = re.compile(r'<path\b[^>]*\bd="M([-+.,\de]+)(?:L\1)*Z?"[^>]*/>')
+"""A line that ends where it begins, of one run for example: it shows nothing, and the painter complains on stderr."""
 
 _PLAIN = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "−0123456789")
 _RAISED = re.compile("([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)(?=</text>)")
