@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -97,3 +98,30 @@ def test_a_pydantic_error_is_never_shown_raw(monkeypatch, capsys) -> None:
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error == "error: lr: input should be greater than 0, got -1\n"
+
+
+def test_small_models_and_small_files_need_megabytes_and_not_0_gigabytes(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    tiny = [
+        "--width",
+        "16",
+        "--head-dim",
+        "16",
+        "--depth",
+        "1",
+        "--vocab",
+        "300",
+        "--slots",
+        "64",
+        "--ffn-multiple",
+        "16",
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(["count", *tiny])
+    assert re.search(r"\d MB|\d kB", capsys.readouterr().out)
+    (tmp_path / "a.jsonl").write_text('{"text": "a few words"}\n' * 40)
+    with pytest.raises(SystemExit):
+        cli.main(["data", "inspect", str(tmp_path / "a.jsonl"), "--row-len", "64", "--image-size", "16"])
+    shown = capsys.readouterr().out
+    assert "1, 960 B" in shown
+    assert "440 B, " in shown

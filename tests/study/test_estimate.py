@@ -100,9 +100,9 @@ def test_what_does_not_fit_is_refused(toml: Path, tmp_path: Path, monkeypatch: p
     spec = StudySpec.from_toml(toml)
     refuse_what_does_not_fit(spec, tmp_path, 1)
     monkeypatch.setattr(module, "available_memory", lambda: 1e6)
-    with pytest.raises(InputError, match=r"does not fit this machine: memory: 1 jobs need .* fewer --jobs"):
+    with pytest.raises(InputError, match=r"this machine: memory: 1 jobs need .* 1 MB are free; use fewer --jobs"):
         refuse_what_does_not_fit(spec, tmp_path, 1)
     monkeypatch.setattr(module, "available_memory", lambda: 1e12)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(InputError, match="disk: checkpoints need"):
+    with pytest.raises(InputError, match=r"disk: checkpoints need up to \d+\.?\d* MB and 10 B are"):
         refuse_what_does_not_fit(spec, tmp_path, 1)

@@ -100,7 +100,7 @@ def test_what_is_missing_is_one_message_and_exit_code_2(
     says("--on slurm needs --partition NAME", "--on", "slurm")
     on = ("--on", "slurm", "--partition")
     says("--jobs is for this machine", *on, "cpu", "--jobs", 2)
-    says("a job gets 0.0 GB; raise --mem", *on, "cpu", "--mem", "20M")
+    says("a job gets 21 MB; raise --mem", *on, "cpu", "--mem", "20M")
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "/usr/bin:/bin")
         says("sbatch is not on the PATH: run this on a login node", *on, "cpu")

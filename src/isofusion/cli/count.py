@@ -150,6 +150,8 @@ def _table(rows: list[dict[str, Any]], tokens: float, image_share: float) -> Non
     from rich.console import Console
     from rich.table import Table
 
+    from isofusion.study import progress
+
     def size(value: float) -> str:
         return (
             f"{value / 1e9:.3f}B" if value >= 1e9 else f"{value / 1e6:.1f}M" if value >= 1e6 else f"{value / 1e3:.1f}K"
@@ -182,7 +184,7 @@ def _table(rows: list[dict[str, Any]], tokens: float, image_share: float) -> Non
     for head in ("FLOPs/token", "FLOPs", "6ND FLOPs", "memory"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        memory = f"{row['memory_bytes']['total'] / 2**30:.1f} GiB"
+        memory = progress.size(row["memory_bytes"]["total"])
         cells = (f"{row[key]:.3g}" for key in ("flops_per_token", "flops", "flops_6nd"))
         table.add_row(row["name"], *cells, memory)
     console.print(table)

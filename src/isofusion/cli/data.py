@@ -111,10 +111,12 @@ def _print(entry: dict[str, Any]) -> None:
 
 
 def _facts(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    from isofusion.study.progress import size
+
     facts = [("format", f"{entry['format']}, domain {entry['domain']}")]
     text, images, packing = entry["text"], entry["images"], entry["packing"]
     if entry["documents"] is not None:
-        facts.append(("files", f"{len(entry['files'])}, {entry['bytes'] / 1e6:.1f} MB"))
+        facts.append(("files", f"{len(entry['files'])}, {size(entry['bytes'])}"))
         facts.append(("documents", f"{entry['documents']:,}"))
         bad = ", ".join(f"{reason} {count}" for reason, count in entry["bad"].items())
         facts.append(("bad", f"{bad} ({entry['bad_share']:.2%})" if bad else "none"))
@@ -122,7 +124,7 @@ def _facts(entry: dict[str, Any]) -> list[tuple[str, str]]:
             sides = " x ".join(f"{images[s]['min']}-{images[s]['max']}" for s in ("width", "height"))
             facts.append(("images", f"{images['count']:,} ({images['unique']:,} different), {sides} px"))
         spread = text["slots_per_document"]
-        facts.append(("text", f"{text['bytes'] / 1e6:.2f} MB, {text['tokens']:,} tokens"))
+        facts.append(("text", f"{size(text['bytes'])}, {text['tokens']:,} tokens"))
         facts.append(("slots a document", f"{spread['min']} to {spread['max']}, median {spread['median']}"))
     else:
         facts.append(("documents", f"endless, {text['documents_per_row']:.1f} a row"))

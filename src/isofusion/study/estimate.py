@@ -26,7 +26,7 @@ from isofusion.errors import InputError, RunFailure
 from isofusion.processors import cores
 from isofusion.study.lock import versions, write_atomic
 from isofusion.study.pool import TRAIN, Pool
-from isofusion.study.progress import Progress
+from isofusion.study.progress import Progress, size
 from isofusion.study.spec import StudySpec
 
 NOMINAL_IMAGE_SHARE = 0.544  # of the tokens of the paper's mixture (arXiv 2504.07951)
@@ -316,15 +316,14 @@ def _limits(memory: list[float], disk: float, out: Path, jobs: int) -> list[str]
     have, need = available_memory(), sum(sorted(memory)[-jobs:])
     if need > have:
         problems.append(
-            f"memory: {jobs} jobs need up to {need / 1e9:,.1f} GB and {have / 1e9:,.1f} GB are free; "
+            f"memory: {jobs} jobs need up to {size(need)} and {size(have)} are free; "
             f"use fewer --jobs, smaller sizes or fewer train.rows_per_step"
         )
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if disk > free:
         problems.append(
-            f"disk: checkpoints need up to {disk / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free in {folder}; "
-            f"choose another --out"
+            f"disk: checkpoints need up to {size(disk)} and {size(free)} are free in {folder}; choose another --out"
         )
     return problems
 
@@ -346,8 +345,8 @@ def fits(spec: StudySpec, out: Path, jobs: int, memory_of_a_job: float | None = 
     problems = _limits([], disk, out, jobs)
     if max(memory) > memory_of_a_job:
         problems.append(
-            f"memory: the largest run needs up to {max(memory) / 1e9:,.1f} GB and a job gets "
-            f"{memory_of_a_job / 1e9:,.1f} GB; raise --mem, or use fewer train.rows_per_step"
+            f"memory: the largest run needs up to {size(max(memory))} and a job gets "
+            f"{size(memory_of_a_job)}; raise --mem, or use fewer train.rows_per_step"
         )
     return problems
 
@@ -381,19 +380,19 @@ def _probed(
     probes: dict[str, RunConfig] = {}
     ends: dict[str, list[str]] = {}
     for arm in spec.arms:
-        for size in {item.name: item for item in (arm.sizes[0], arm.sizes[-1])}.values():
+        for end in {item.name: item for item in (arm.sizes[0], arm.sizes[-1])}.values():
             run = RunConfig(
                 study=spec.name,
                 arm=arm.name,
-                size=size.name,
+                size=end.name,
                 seed=spec.seeds[0],
                 variant="probe",
                 kind="trunk",
                 end_step=PROBE_STEPS,
                 forks=(PROBE_STEPS,),
-                model=size.model,
+                model=end.model,
                 data=spec.data.model_copy(update={"val_rows": 1}),
-                train=size.train.model_copy(update={"checkpoint_every": 10 * PROBE_STEPS}),
+                train=end.train.model_copy(update={"checkpoint_every": 10 * PROBE_STEPS}),
             )
             probes[run.name] = run
             ends.setdefault(arm.name, []).append(run.name)
