@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from isofusion.config import SourceConfig
+from isofusion.config import DataConfig, SourceConfig
+from isofusion.data import cache
 from isofusion.data import index as index_module
 from isofusion.data.finite import Documents
 from isofusion.data.index import index_file, index_source
+from isofusion.data.stream import Stream
 from isofusion.errors import InputError, RunFailure
 
 
@@ -47,9 +49,43 @@ def test_built_once_and_again_only_when_the_file_changes(files, tmp_path, monkey
 def test_damaged_cache_is_built_again(files, tmp_path):
     path = files.tar(tmp_path / "a.tar", pairs(files, 3))
     index_file(path, "webdataset")
-    [place] = (tmp_path / "cache/index/v1").glob("*.npz")
-    place.write_bytes(place.read_bytes()[:100])
-    assert index_file(path, "webdataset").n == 3
+    [place] = (tmp_path / "cache/index/v1").glob("*.index")
+    whole = place.read_bytes()
+    for at in (0, 3, 11, 20, len(whole) // 2, len(whole) - 1):  # cut short there, or one bit turned over
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]):
+            place.write_bytes(damaged)
+            assert index_file(path, "webdataset").n == 3
+            assert place.read_bytes() == whole
+
+
+def test_arrays_of_every_kind_come_back_from_the_cache(tmp_path):
+    arrays = {
+        "odd": np.arange(3, dtype=np.int32).reshape(3, 1),
+        "none": np.zeros((0, 2), np.uint64),
+        "wide": np.arange(6.0)[::2],
+    }
+    cache.write_arrays(tmp_path / "a", {"name": "caf\u00e9", "counts": {"x": 1}}, arrays)
+    head, found = cache.read_arrays(tmp_path / "a")
+    assert head == {"name": "caf\u00e9", "counts": {"x": 1}}
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].flags.aligned
+        assert np.array_equal(found[name], array)
+
+
+def test_a_stream_reads_the_index_of_its_files_once(files, tmp_path, monkeypatch):
+    for part in ("train", "val"):
+        files.jsonl(tmp_path / f"d/{part}.jsonl", [{"text": f"some words for {part}"}])
+    source = {"name": "t", "domain": "text", "format": "text", "weight": 1}
+    data = DataConfig.model_validate({
+        "sources": [{**source, "train": ["train.jsonl"], "val": ["val.jsonl"]}], "folder": str(tmp_path / "d"),
+        "row_len": 64, "image_size": 16, "patch_size": 8, "tokenizer": "train:300",
+    })  # fmt: skip
+    Stream(data, 0, "train", 2).report(3)
+    seen, real = [], cache.read_arrays
+    monkeypatch.setattr(cache, "read_arrays", lambda path: seen.append(path) or real(path))
+    Stream(data, 0, "train", 2).report(3)
+    assert len(seen) == len(set(seen)) == 2  # training and, for the duplicates, validation
 
 
 def test_many_at_once(files, tmp_path):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
@@ -91,12 +93,37 @@ def _dump(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    def fill(p: Path) -> None:
-        with p.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+def write_arrays(path: Path, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """A file of `head` (plain values) and arrays that `read_arrays` reads at once: npz takes ten times as long to open.
 
-    write(path, fill)
+    The CRC-32 of the rest (4 bytes), the length of the JSON (8), the JSON, and each array from a multiple of 8 on.
+    """
+    shapes = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
+    text = json.dumps([head, shapes]).encode()
+    parts = [len(text).to_bytes(8, "little"), _padded(text, 4)]
+    parts += [_padded(np.ascontiguousarray(array).tobytes(), 0) for array in arrays.values()]
+    body = b"".join(parts)
+    write_bytes(path, zlib.crc32(body).to_bytes(4, "little") + body)
+
+
+def _padded(data: bytes, before: int) -> bytes:
+    return data + bytes(-(len(data) + before) % 8)
+
+
+def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(head, arrays) of `write_arrays`; the arrays cannot be written to. Raises OSError, ValueError where damaged."""
+    data = path.read_bytes()
+    if len(data) < 12 or zlib.crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "little"):
+        raise ValueError(f"{path} is damaged")
+    end = 12 + int.from_bytes(data[4:12], "little")
+    head, shapes = json.loads(data[12:end])
+    arrays, at = {}, end + -end % 8
+    for name, (kind, shape) in shapes.items():
+        count, dtype = math.prod(shape), np.dtype(kind)
+        arrays[name] = np.frombuffer(data, dtype, count, at).reshape(shape)
+        at += count * dtype.itemsize
+        at += -at % 8
+    return head, arrays
 
 
 @contextlib.contextmanager

@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import json
 import os
-import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from isofusion.data.sample import BadSample, Found, Segments
 from isofusion.errors import InputError
 
 VERSION = 1
-RULES = 3  # by which a sample is good; an index made by earlier ones is made again
+RULES = 4  # by which a sample is good; an index made by earlier ones is made again
 EXAMPLES = 10  # bad samples named per file, at most three per reason
 LONG_PARAGRAPH = 80  # characters; shorter paragraphs repeat by chance
 
@@ -81,6 +80,7 @@ class FileIndex:
             )
 
 
+_PLAIN = ("format", "size", "mtime_ns", "sha256", "keys", "bad", "examples", "unread")
 _ARRAYS = (
     "ref", "ref_ptr", "image_ptr", "image_hash", "image_dhash", "image_size", "text_hash", "text_bytes", "paragraph",
 )  # fmt: skip
@@ -116,12 +116,8 @@ def index_file(
             index = _build(reader, path, format, stat.st_size, stat.st_mtime_ns, shape, writer)
             if writer is not None and shape is not None and _place(path, format)[0] == place:  # it did not change
                 writer.keep(patches.place(index.sha256, format, shape))
-        head = {
-            k: getattr(index, k) for k in ("format", "size", "mtime_ns", "sha256", "keys", "bad", "examples", "unread")
-        }
-        arrays = {name: getattr(index, name) for name in _ARRAYS}
-        arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
-        cache.write_npz(place, arrays)
+        plain, arrays = ({name: getattr(index, name) for name in names} for names in (_PLAIN, _ARRAYS))
+        cache.write_arrays(place, plain, arrays)
     return index
 
 
@@ -137,15 +133,15 @@ def _place(path: Path, format: str) -> tuple[Path, os.stat_result]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     key = cache.digest("index", VERSION, RULES, str(path.resolve()), stat.st_size, stat.st_mtime_ns, format)
-    return cache.root() / "index" / f"v{VERSION}" / f"{key}.npz", stat
+    return cache.root() / "index" / f"v{VERSION}" / f"{key}.index", stat
 
 
 def _load(place: Path, path: Path) -> FileIndex | None:
     try:
-        with place.open("rb") as file, np.load(file) as data:
-            head = json.loads(data["head"].tobytes())
-            return FileIndex(path=path, **head, **{name: data[name] for name in _ARRAYS})
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        head, arrays = cache.read_arrays(place)
+        values: dict[str, Any] = head | arrays
+        return FileIndex(path=path, **values)
+    except (OSError, ValueError, TypeError):
         return None  # absent or damaged: build it again
 
 

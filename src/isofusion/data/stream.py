@@ -7,7 +7,7 @@ history enters, so the whole state of the data is one integer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,8 +70,11 @@ def indices(data: DataConfig, split: str) -> dict[str, SourceIndex]:
     return {s.name: index_source(s, folder, split, data.max_bad_share, shape) for s in sources}
 
 
-def open_tokenizer(data: DataConfig) -> Any:
-    """The tokenizer of these settings: the world's, a file, or one trained on the training text. Raises InputError."""
+def open_tokenizer(data: DataConfig, train: Callable[[], dict[str, SourceIndex]]) -> Any:
+    """The tokenizer of these settings: the world's, a file, or one trained on the text of the sources in `train()`.
+
+    Raises InputError.
+    """
     finite = [s.name for s in data.sources if s.format != "world"]
     endless = [s.name for s in data.sources if s.format == "world"]
     wanted = tokenizer.parse(data.tokenizer)
@@ -89,7 +92,7 @@ def open_tokenizer(data: DataConfig) -> Any:
     if isinstance(wanted, Path):
         beside = Path(data.folder) / wanted if data.folder else wanted
         return tokenizer.load(wanted if wanted.exists() or not beside.exists() else beside)
-    parts = indices(data, "train")
+    parts = train()
     corpus = cache.digest("corpus", [i.digest for i in parts.values()])
     return tokenizer.train(wanted, lambda: _texts(parts), corpus)
 
@@ -127,8 +130,9 @@ class Stream:
         worlds = [s.domain for s in data.sources if s.format == "world"]
         if len(set(worlds)) != len(worlds):
             raise InputError("two world sources of one domain would repeat each other; keep one per domain")
-        self.tokenizer = open_tokenizer(data)
-        parts = indices(data, split)
+        self._own: dict[str, SourceIndex] | None = None
+        self.tokenizer = open_tokenizer(data, lambda: self._indices("train"))
+        parts = self._indices(split)
         world = open_world(data) if worlds else None
         self.sources: list[Source] = []
         weights = []
@@ -147,6 +151,13 @@ class Stream:
         self.fingerprint = cache.digest(
             "stream", split, [(s.name, s.domain, s.digest) for s in self.sources], str(self.tokenizer.digest), packing
         )
+
+    def _indices(self, split: str) -> dict[str, SourceIndex]:
+        """Those of the other split are not kept: they take memory, and are asked for once or twice."""
+        if split != self.split:
+            return indices(self.data, split)
+        self._own = indices(self.data, split) if self._own is None else self._own
+        return self._own
 
     def batch(self, step: int, part: tuple[int, int] = (0, 1)) -> PackedBatch:
         """Rows of one step, step >= 0; with `part` = (rank, ranks) the rows that this rank takes.
@@ -273,5 +284,5 @@ class Stream:
 
     def near_duplicates(self) -> dict[str, dict[str, int]]:
         """Per finite source with validation files: how much of its validation is in any training file (cached)."""
-        train, val = indices(self.data, "train"), indices(self.data, "val")
+        train, val = self._indices("train"), self._indices("val")
         return {name: near_duplicates(list(train.values()), index) for name, index in val.items()}
