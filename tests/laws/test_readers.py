@@ -210,6 +210,27 @@ def test_columns_that_look_alike_are_told_or_refused() -> None:
         read_runs(table, columns={"width": "w"})
 
 
+def test_of_experts_the_active_parameters_are_read_and_told() -> None:
+    """The law's N is what one token passes through."""
+    for total, active in (
+        ("total_params", "active_params"),
+        ("params", "Active Parameters (B)"),
+        ("config.total_params", "config.active_params"),
+    ):
+        unit = 1e-9 if "(B)" in active else 1.0
+        table = {total: [8e9, 4e9], active: [2e9 * unit, 1e9 * unit], "tokens": [1e11, 2e11], "loss": [2.5, 2.6]}
+        runs, notes = read_runs(table)
+        assert runs.n.tolist() == pytest.approx([2e9, 1e9])
+        told = next(note for note in notes if note.startswith("parameters read"))
+        assert told == (
+            f"parameters read from column '{active}': of experts the law counts the active ones; "
+            f"--n chooses another (there is '{total}')"
+        )
+        assert read_runs(table, columns={"n": total})[0].n.tolist() == [8e9, 4e9]
+    only, notes = read_runs({"n_active": [2e9, 1e9], "tokens": [1e11, 2e11], "loss": [2.5, 2.6]})
+    assert (only.n.tolist(), notes) == ([2e9, 1e9], [])
+
+
 def test_repeated_seeds_are_fine_and_repeated_rows_are_not() -> None:
     head = "n,d,loss,seed\n1e8,1e9,3.0,0\n2e8,1e9,2.9,0\n"
     runs, _ = read_runs(io.StringIO(head + "1e8,1e9,3.01,1\n100M,1e9,3.0,2\n"))

@@ -13,9 +13,15 @@ from typing import Any
 
 from isofusion.errors import InputError
 
+ACTIVE = (
+    *("active params", "active parameters", "n active", "n active params", "n active parameters", "active n"),
+    *("num active params", "num active parameters", "params active", "parameters active", "active param count"),
+    *("activated params", "activated parameters", "n activated params", "n activated parameters"),
+)
+"""Parameters that one token passes through: N of the law where experts are routed."""
 ALIASES: dict[str, tuple[str, ...]] = {
     "n": (
-        *("n", "params", "parameters", "n params", "n parameters", "num params", "num parameters", "param count"),
+        *("n", *ACTIVE, "params", "parameters", "n params", "n parameters", "num params", "num parameters", "param count"),
         *("parameter count", "nparams", "n total", "total params", "total parameters", "model size", "model params"),
         *("model parameters", "size"),
     ),
@@ -172,6 +178,14 @@ def _find(where: str, header: Sequence[str], role: str, notes: list[str]) -> str
             ranked = [name for name in ranked if plain(name) != "size"] or ranked
         if not ranked:
             continue
+        active = [name for name in ranked if part(name) in ACTIVE]
+        if len(active) == 1 and ranked[0] == active[0] and len(ranked) > 1:
+            others = ", ".join(f"'{name}'" for name in ranked[1:])
+            notes.append(
+                f"parameters read from column '{ranked[0]}': of experts the law counts the active ones; "
+                f"{FLAGS[role]} chooses another (there is {others})"
+            )
+            return ranked[0]
         if part is not plain and len(ranked) > 1:
             listed = ", ".join(repr(name) for name in ranked)
             word = WORDS.get(role, role)
