@@ -216,6 +216,17 @@ def test_hyper_parameters_below_the_run_and_runs_without_a_loss(tmp_path: Path) 
     assert read_runs(tmp_path / "one")[0].n.tolist() == [1e8]  # the same where the folder itself is the run
 
 
+def test_runs_of_a_folder_are_chosen_by_what_they_logged(tmp_path: Path) -> None:
+    for name, kind in (("a", 0.0), ("b", 1.0), ("c", 1.0)):
+        scalars = [(1, "n", 1e8), (1, "d", 1e9), (1, "arm", kind), (1, "loss", 3.0 - kind)]
+        events(tmp_path / name / "events.out.tfevents.1", *scalars)
+    runs, notes = read_runs(tmp_path, where=["arm=1"])
+    assert runs.loss.tolist() == [2.0, 2.0]
+    assert "--where arm=1: 2 of 3 runs" in notes
+    with pytest.raises(InputError, match=r"no row has arm=2; 'arm' holds 1\.0 \(2\), 0\.0 \(1\)"):
+        read_runs(tmp_path, where=["arm=2"])
+
+
 def test_cut_and_damaged_event_files(tmp_path: Path) -> None:
     path = events(tmp_path / "a" / "events.out.tfevents.1", (1, "loss", 3.0), (2, "loss", 2.5))
     whole = path.read_bytes()

@@ -56,7 +56,12 @@ class TableOptions:
         Path | None, _option("--meta", "Side table with n, d, ... per run, keyed by a column run.", TABLE)
     ] = None
     drop_bad: Annotated[bool, _option("--drop-bad", "Leave bad rows out, and list them.", TABLE)] = False
-    arm: Annotated[str | None, _option("--arm", "Arm to fit; needed if there are several.", STUDY)] = None
+    where: Annotated[
+        list[str] | None, _option("--where", "Only rows with COLUMN=VALUE (dataset=c4); may be repeated.", TABLE)
+    ] = None
+    arm: Annotated[
+        str | None, _option("--arm", "Arm to fit; needed if a study has several; of a table, in its arm column.", STUDY)
+    ] = None
     domain: Annotated[str | None, _option("--domain", "caption, interleaved, text or mean (default).", STUDY)] = None
     compute_axis: Annotated[
         str | None, _option("--compute-axis", "FLOPs counted 'exact' (default) or as '6nd'.", STUDY)

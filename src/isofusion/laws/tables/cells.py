@@ -21,7 +21,8 @@ ACTIVE = (
 """Parameters that one token passes through: N of the law where experts are routed."""
 ALIASES: dict[str, tuple[str, ...]] = {
     "n": (
-        *("n", *ACTIVE, "params", "parameters", "n params", "n parameters", "num params", "num parameters", "param count"),
+        *("n", *ACTIVE),
+        *("params", "parameters", "n params", "n parameters", "num params", "num parameters", "param count"),
         *("parameter count", "nparams", "n total", "total params", "total parameters", "model size", "model params"),
         *("model parameters", "size"),
     ),

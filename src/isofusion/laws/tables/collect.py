@@ -12,9 +12,11 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.table import MAX_LISTED, Array, Runs
 from isofusion.laws.tables.cells import COUNTS, has, need, parse, resolve
+from isofusion.laws.tables.choose import pooled
 from isofusion.laws.tables.sources import Row, Table, open_table
 
-Record = tuple[str, dict[str, Any], str]  # ("line 3" or "run 'a'", raw cell by role, why it is broken or "")
+# ("line 3" or "run 'a'", raw cell by role ("@NAME": of a column that may name an arm), why it is broken or "")
+Record = tuple[str, dict[str, Any], str]
 
 LABELS = ("run", "group", "size", "seed")
 SIDE = ("n", "d", "c", "se", "oracle", "group", "size", "seed")  # what a side table may tell of a run
@@ -171,6 +173,7 @@ def collect(
     compiled = {role: from_name(text, f"--{role}-from-name") for role, text in (patterns or {}).items() if text}
     numbers: dict[str, list[float]] = {}
     labels: dict[str, list[str]] = {role: [] for role in LABELS}
+    arms: dict[str, list[str]] = {}
     seen: dict[tuple[Any, ...], str] = {}
     bad: list[Bad] = []
     rows = 0
@@ -190,9 +193,14 @@ def collect(
             numbers.setdefault(role, []).append(value)
         for role in LABELS:
             labels[role].append(texts[role])
+        for role in (role for role in cells if role[0] == "@"):
+            arms.setdefault(role[1:], []).append("" if cells[role] is None else str(cells[role]))
     if not rows:
         raise InputError(f"{where}: a header and no rows; a fit needs at least 3 sizes x 3 token budgets")
     report(bad, rows, where, drop_bad, notes)
+    whole = {column: texts for column, texts in arms.items() if len(texts) == len(numbers["n"])}
+    if told := pooled(whole, np.asarray(numbers["n"])):
+        notes.append(told)
     return _build(numbers, labels, where, notes)
 
 
@@ -206,7 +214,7 @@ def _values(
         if not match or match[1] is None:
             return values, f"--{role}-from-name finds no number in '{cells.get('run', '')}'"
         cells[role] = match[1]
-    for role in [role for role in dict.fromkeys((*names, *cells)) if role not in LABELS]:
+    for role in [role for role in dict.fromkeys((*names, *cells)) if role not in LABELS and role[0] != "@"]:
         values[role], reason = parse(cells.get(role), role)
         if reason:
             return values, f"column '{names.get(role, role)}': {reason}"

@@ -6,8 +6,9 @@ curves to final losses), maps columns to roles (cells.py), refuses or drops bad 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from isofusion.errors import InputError
 from isofusion.laws.table import DOMAINS, LEDGER, Array, Runs, counted
 from isofusion.laws.tables import curves, events
 from isofusion.laws.tables.cells import has, need, parse, resolve
+from isofusion.laws.tables.choose import Chosen, arm_column, arm_columns, none_chosen, only
 from isofusion.laws.tables.collect import MAX_ROWS, Bad, Reading, Record, collect, limited, report
 from isofusion.laws.tables.curves import Final, Tails
 from isofusion.laws.tables.sources import Table, open_table
@@ -42,6 +44,7 @@ class How:
     n_from_name: str | None = None
     d_from_name: str | None = None
     tokens_per_step: float | str | None = None
+    where: Sequence[str] | Mapping[str, Any] = ()
 
     def __post_init__(self) -> None:
         given = {"c" if role == "flops" else role: name for role, name in self.columns.items() if name}
@@ -71,6 +74,7 @@ def read_runs(
     n_from_name: str | None = None,
     d_from_name: str | None = None,
     tokens_per_step: float | str | None = None,
+    where: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> tuple[Runs, list[str]]:
     """(Runs, notes on what was assumed, dropped or looks doubtful) of anything that holds finished runs.
 
@@ -80,7 +84,9 @@ def read_runs(
     columns: role (n parameters, d tokens, loss nats/token, c FLOPs, se and oracle nats/token, run, group, size, seed)
     to column name, `params:M` where its numbers are in millions; a role left out is found by its usual names (se and
     oracle never). Without d: D = C / (6 N); without n: N = C / (6 D); without c: C = 6 N D.
-    arm, domain, compute_axis ("exact" or "6nd") choose from a study. drop_bad: leave bad rows out and say so in a note
+    where: rows to read, ["dataset=c4", "seed=0"] or {"dataset": "c4"}; one column's values are alternatives, several
+    columns must all match. arm, domain, compute_axis ("exact" or "6nd") choose from a study, arm from another table's
+    column that looks like it too. drop_bad: leave bad rows out and say so in a note
     instead of raising. final ("last", "mean:K", "ema:W") and step (the ordering column) reduce training curves, one
     group of rows per `run`; meta is a side table keyed by run name with n, d and the like; n_from_name and d_from_name
     are regular expressions with one group, applied to run names; tokens_per_step gives D from the last step.
@@ -90,7 +96,7 @@ def read_runs(
     """
     how = How(
         *(columns or {}, {}, arm, domain, compute_axis, drop_bad, final, step, meta),
-        *(n_from_name, d_from_name, tokens_per_step),
+        *(n_from_name, d_from_name, tokens_per_step, where or ()),
     )
     runs, _, notes = read(source, how)
     return runs, notes
@@ -123,16 +129,26 @@ def read(source: Any, how: How) -> tuple[Runs, dict[str, Array], list[str]]:
     table = open_table(source)
     try:
         ledger = set(table.header) >= LEDGER and any(name.startswith("loss_") for name in table.header)
+        said: list[str] = []
+        if how.where:
+            table = only(table, Chosen.of(table.where, table.header, how.where), said)
         if ledger and (how.of_study or not how.columns):
-            return _study(table, how)
+            runs, extra, notes = _study(table, how)
+            return runs, extra, said + notes
+        if how.arm is not None and not ledger:
+            column = arm_column(table.where, table.header, how.arm)
+            if column is not None:
+                table = only(table, Chosen({column: (how.arm,)}), said)
+                how = replace(how, arm=None)
         if how.of_study:
             raise InputError(
                 f"{table.where}: {', '.join(how.of_study)} choose from a study's results.csv (columns arm, run, "
                 "parent, n, tokens, flops, loss_caption, ...), and this is another table; name its columns with --n, "
-                "--d, --loss"
+                "--d, --loss and choose rows with --where COLUMN=VALUE"
             )
         reading = _curves(table, how) or _rows(table, how, ledger)
-        return _collect(reading, table.where, how)
+        runs, extra, notes = _collect(reading, table.where, how)
+        return runs, extra, said + notes
     finally:
         table.close()
 
@@ -226,16 +242,17 @@ def _rows(table: Table, how: How, ledger: bool) -> Reading:
     for name, column in how.extra.items():
         found[f"+{name}"] = resolve(table.where, table.header, name, column, notes)  # type: ignore[assignment]
     hidden = [name for name in ("arm", "variant", "excluded") if ledger and name in table.header]
+    beside = [] if ledger else arm_columns(table.header, [column for column, _ in found.values()])
 
     def records() -> Iterator[Record]:
         arms = set()
         columns = [column for column, _ in found.values()]
-        for number, cells, fault in limited(table, [*columns, *hidden]):
-            state = dict(zip(hidden, cells[len(columns) :], strict=True))
-            if not counted(state):
+        for number, cells, fault in limited(table, [*columns, *hidden, *beside]):
+            state = dict(zip([*hidden, *beside], cells[len(columns) :], strict=True))
+            if ledger and not counted(state):
                 continue
             arms.add(str(state.get("arm")))
-            if len(arms) > 1:
+            if ledger and len(arms) > 1:
                 raise InputError(
                     f"{table.where}: the rows of several arms ({', '.join(sorted(arms))}) are no one law; "
                     "choose with --arm and --domain instead of naming columns"
@@ -243,7 +260,8 @@ def _rows(table: Table, how: How, ledger: bool) -> Reading:
             pairs = zip(found.items(), cells[: len(columns)], strict=True)
             yield (
                 f"{table.unit} {number}",
-                {role: _scaled(cell, role, unit) for (role, (_, unit)), cell in pairs},
+                {role: _scaled(cell, role, unit) for (role, (_, unit)), cell in pairs}
+                | {f"@{name}": state[name] for name in beside},
                 fault,
             )
 
@@ -276,10 +294,12 @@ def _curves(table: Table, how: How) -> Reading | None:
     steps, _ = resolve(table.where, table.header, "step", how.step, notes)
     if per_step is not None and steps is None:
         raise InputError(f"{table.where}: --tokens-per-step needs the column that counts steps; name it with --step")
-    curves.history(table, {role: column for role, (column, _) in found.items()}, steps, tails)
+    beside = arm_columns(table.header, [column for column, _ in found.values()])
+    read = {role: column for role, (column, _) in found.items()} | {f"@{name}": name for name in beside}
+    curves.history(table, read, steps, tails)
     for tail in tails.runs.values():
         for cells in (tail.latest, tail.then):
-            cells |= {role: _scaled(cell, role, found[role][1]) for role, cell in cells.items()}
+            cells |= {role: _scaled(cell, role, found[role][1]) for role, cell in cells.items() if role in found}
     return Reading(tails.records(per_step, notes), {role: column for role, (column, _) in found.items()}, notes)
 
 
@@ -298,10 +318,19 @@ def _events(path: Path, how: How) -> Reading:
     tails = Tails(str(path), Final.parse(how.final), MAX_ROWS)
     columns = curves.fill_from_events(path, how.columns.get("loss"), tails, notes)
     header = list(dict.fromkeys(name for cells in columns.values() for name in cells))
+    if how.where:
+        chosen = Chosen.of(str(path), header, how.where)
+        seen = [Counter(str(cells.get(name, "")) for cells in columns.values()) for name in chosen.values]
+        for name in [name for name, cells in columns.items() if not chosen.match(cells)]:
+            del columns[name], tails.runs[name]
+        if not columns:
+            raise InputError(none_chosen(str(path), chosen, seen))
+        notes.append(f"{chosen}: {len(columns)} of {sum(seen[0].values())} runs")
     found = _resolve(str(path), header, how, notes, [role for role in ROLES if role not in ("loss", "run")])
     for name, tail in tails.runs.items():
         for role, (column, unit) in found.items():
             tail.latest[role] = _scaled(columns[name].get(column), role, unit)
+        tail.latest |= {f"@{arm}": columns[name].get(arm) for arm in arm_columns(header)}
     return Reading(
         tails.records(_tokens_per_step(how), notes), {role: column for role, (column, _) in found.items()}, notes
     )
