@@ -13,6 +13,7 @@ from isofusion.errors import InputError
 from isofusion.laws.table import MAX_LISTED, Array, Runs
 from isofusion.laws.tables.cells import COUNTS, has, need, parse, resolve
 from isofusion.laws.tables.choose import pooled
+from isofusion.laws.tables.commas import settle_rows
 from isofusion.laws.tables.sources import Row, Table, open_table
 
 # ("line 3" or "run 'a'", raw cell by role ("@NAME": of a column that may name an arm), why it is broken or "")
@@ -77,7 +78,9 @@ def read_meta(
             if column is not None:
                 found[role] = column, scale
         out: dict[str, dict[str, Any]] = {}
-        for number, cells, fault in limited(table, [run, *(column for column, _ in found.values())]):
+        numeric = [None, *(None if role in LABELS else (role, column) for role, (column, _) in found.items())]
+        rows = limited(table, [run, *(column for column, _ in found.values())])
+        for number, cells, fault in settle_rows(rows, numeric, notes):
             name = str(cells[0])
             if fault:
                 raise InputError(f"{table.where}: {table.unit} {number}: {fault}")

@@ -19,7 +19,8 @@ from isofusion.laws.table import DOMAINS, LEDGER, Array, Runs, counted
 from isofusion.laws.tables import curves, events
 from isofusion.laws.tables.cells import has, need, parse, resolve
 from isofusion.laws.tables.choose import Chosen, arm_column, arm_columns, none_chosen, only
-from isofusion.laws.tables.collect import MAX_ROWS, Bad, Reading, Record, collect, limited, report
+from isofusion.laws.tables.collect import LABELS, MAX_ROWS, Bad, Reading, Record, collect, limited, report
+from isofusion.laws.tables.commas import settle_rows
 from isofusion.laws.tables.curves import Final, Tails
 from isofusion.laws.tables.sources import Table, open_table
 
@@ -247,7 +248,8 @@ def _rows(table: Table, how: How, ledger: bool) -> Reading:
     def records() -> Iterator[Record]:
         arms = set()
         columns = [column for column, _ in found.values()]
-        for number, cells, fault in limited(table, [*columns, *hidden, *beside]):
+        numeric = [None if role in LABELS else (role, column) for role, (column, _) in found.items()]
+        for number, cells, fault in settle_rows(limited(table, [*columns, *hidden, *beside]), numeric, notes):
             state = dict(zip([*hidden, *beside], cells[len(columns) :], strict=True))
             if ledger and not counted(state):
                 continue

@@ -128,7 +128,9 @@ def _bytes(binary: Any, where: str, path: Path | None = None) -> Table:
         raise InputError(f"{where}: the file is empty; {HINT}")
     if first[1].lstrip()[0] in "{[":
         return _json(binary, first, lines, where)
-    return _delimited(_chain(first, lines), first, where)
+    rows = _returns(_chain(first, lines))
+    first = next(line for line in rows if line[1].strip())
+    return _delimited(_chain(first, rows), first, where)
 
 
 def _lines(binary: Any, where: str) -> Lines:
@@ -142,6 +144,18 @@ def _lines(binary: Any, where: str) -> Lines:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", "replace")
     except GZIP_ERRORS as error:
         raise InputError(f"{where}: broken gzip file after line {number} ({error})") from None
+
+
+def _returns(lines: Lines) -> Lines:
+    """Lines that may end in a carriage return alone, as old Macs wrote them."""
+    more = 0
+    for number, line in lines:
+        if "\r" not in line.rstrip("\r\n"):
+            yield number + more, line
+            continue
+        for i, part in enumerate(part for part in re.split(r"(?<=\r)(?!\n)", line) if part):
+            more += i > 0
+            yield number + more, part
 
 
 def _chain(first: tuple[int, str], rest: Lines) -> Lines:
