@@ -130,6 +130,65 @@ def test_a_plan_from_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "role=column" in err
 
 
+def losses(path: Path, head: str = "N,D,loss", more: str = "") -> Path:
+    """A table of 20 runs that a law describes to 0.1 %."""
+    rng = np.random.default_rng(0)
+    lines = [head]
+    for n in np.geomspace(1e8, 3e9, 5):
+        for d in 2e9 * 2.0 ** np.arange(4):
+            lines.append(f"{n:.6g},{d:.6g},{(1.9 + 260 * n**-0.3 + 1850 * d**-0.335) * (1 + 1e-3 * rng.normal()):.6f}")
+    path.write_text("\n".join(lines) + "\n" + more)
+    return path
+
+
+def test_tables_are_read_with_the_options_of_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = ("--compute", "1e22", "--bootstrap", "0")
+    path = losses(tmp_path / "runs.csv", more="1e9,2e9,nan\n")
+    code, _, err = run(capsys, "plan", "--runs", str(path), *asked)
+    assert code == 2
+    assert "leave them out with --drop-bad" in err
+    result = plan(capsys, "--runs", str(path), *asked, "--drop-bad")
+    assert result["note"].startswith("dropped 1 of 21 rows")
+    whole = plan(capsys, "--runs", str(losses(tmp_path / "good.csv")), *asked)
+    assert result["answer"] == whole["answer"]
+    two = losses(tmp_path / "two.csv", "N,D,loss,arm")
+    body = two.read_text().splitlines()
+    two.write_text("\n".join([body[0], *(f"{x},a" for x in body[1:]), *(f"{x},b" for x in body[3:])]) + "\n")
+    chosen = plan(capsys, "--runs", str(two), *asked, "--where", "arm=a")
+    assert (chosen["note"], chosen["answer"]) == ("--where arm=a: 20 of 38 rows", whole["answer"])
+
+
+@pytest.mark.parametrize(
+    ("head", "arguments", "words"),
+    [
+        ("width,D,loss", (), "no column for n; name it with --columns n=COLUMN. Columns"),
+        ("N,D,bpb", (), "no column for loss; name it with --columns loss=COLUMN. Columns"),
+        ("N,D,loss", ("--domain", "text"), "name its columns with --columns n=COLUMN,d=COLUMN,loss=COLUMN and choose"),
+        (
+            "N,D,loss",
+            ("--columns", "group=N", "--group", "N"),
+            "--group names that column already; give one of the two",
+        ),
+    ],
+)
+def test_advice_on_a_table_names_options_that_plan_has(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, head: str, arguments: tuple[str, ...], words: str
+) -> None:
+    """--n, --d and --loss are questions of `plan`; taken as advice on columns they would be answered."""
+    path = losses(tmp_path / "runs.csv", head)
+    code, out, err = run(capsys, "plan", "--runs", str(path), "--compute", "1e22", *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+def test_notes_on_a_table_are_spelt_for_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = losses(tmp_path / "runs.csv")
+    body = path.read_text().splitlines()
+    path.write_text("\n".join([f"{body[0]},params", *(f"{line},{line.split(',')[0]}" for line in body[1:])]) + "\n")
+    result = plan(capsys, "--runs", str(path), "--compute", "1e22", "--bootstrap", "0")
+    assert result["note"] == "parameters read from column 'N'; --columns n=COLUMN chooses another (there is 'params')"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -151,6 +210,8 @@ def test_a_plan_from_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (("--runs", "nowhere.csv", "--compute", "1e21"), "nowhere.csv"),
         (("--mixtures", "nowhere.csv", "--n", "1B", "--d", "10B"), "nowhere.csv"),
         (("--mixtures", "nowhere.csv", "--compute", "1e21"), "give --n and --d"),
+        (("--mixtures", "x.csv", "--n", "1B", "--d", "1B", "--drop-bad"), "give --n and --d; drop --drop-bad"),
+        (("--law", "chinchilla", "--compute", "1e21", "--where", "a=b"), "--where: for --runs"),
     ],
 )
 def test_bad_questions_are_one_message_and_exit_2(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -72,6 +72,12 @@ class TableOptions:
         None
     )
 
+    @property
+    def given(self) -> list[str]:
+        """The options that were given, as they are written: --n-from-name."""
+        named = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
+        return [f"--{name.replace('_', '-')}" for name in named]
+
     def read(self, source: Any) -> tuple[Runs, list[str]]:
         """(Runs, notes for the reader); raises InputError as `laws.readers.read_runs`."""
         from isofusion.laws.tables.readers import ROLES, read_runs
@@ -81,19 +87,23 @@ class TableOptions:
         return read_runs(source, columns=columns, **given)
 
 
-def reads_table(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its parameter `table` spelt out as the options of TableOptions, as typer wants them."""
+def reads_table(command: Callable[..., None], *, without: Sequence[str] = ()) -> Callable[..., None]:
+    """The command with its parameter `table` spelt out as the options of TableOptions, as typer wants them.
+
+    without: fields that the command has other options of the same name for; they keep their defaults.
+    """
     signature = inspect.signature(command, eval_str=True)
     hints = get_type_hints(TableOptions, include_extras=True)
+    spelt_out = [f for f in fields(TableOptions) if f.name not in without]
     options = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
-        for f in fields(TableOptions)
+        for f in spelt_out
     ]
     own = [p.replace(kind=p.KEYWORD_ONLY) for name, p in signature.parameters.items() if name != "table"]
 
     @functools.wraps(command)
     def spelt(**given: Any) -> None:
-        table = TableOptions(**{f.name: given.pop(f.name) for f in fields(TableOptions)})
+        table = TableOptions(**{f.name: given.pop(f.name) for f in spelt_out})
         command(table=table, **given)
 
     shown = [p for p in own if p.default is p.empty] + options + [p for p in own if p.default is not p.empty]

@@ -7,15 +7,24 @@ published law comes in a fraction of a second.
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from isofusion.cli.columns import TableOptions, reads_table
+
 DEFAULT_MFU = 0.4
+ASKED = ("n", "d", "loss")  # roles whose own options are questions here; --columns names their columns
+ROLES = (*ASKED, "c", "group", "size", "seed")
 
 
+@partial(reads_table, without=ASKED)
 def command(
+    table: TableOptions,
     law: Annotated[str | None, typer.Option("--law", help="A published law, e.g. shukor2025/early; no data.")] = None,
     runs: Annotated[
         Path | None, typer.Option("--runs", help="Your own losses: a table, or a study's folder; fitted first.")
@@ -40,11 +49,8 @@ def command(
     image_share: Annotated[
         float | None, typer.Option("--image-share", help="Late fusion: share of image tokens (0.544 if left out).")
     ] = None,
-    arm: Annotated[str | None, typer.Option("--arm", help="With --runs STUDY: the arm.")] = None,
-    domain: Annotated[str | None, typer.Option("--domain", help="With --runs STUDY: caption, ..., mean.")] = None,
-    compute_axis: Annotated[str | None, typer.Option("--compute-axis", help="With --runs STUDY: exact or 6nd.")] = None,
     columns: Annotated[
-        str | None, typer.Option("--columns", help="With --runs TABLE: n=params,d=tokens,loss=val_loss,group=run.")
+        str | None, typer.Option("--columns", help="With --runs TABLE: n=params,d=tokens,loss=val_loss.")
     ] = None,
     draws: Annotated[int, typer.Option("--bootstrap", help="With --runs: draws for the intervals; 0 for none.")] = 1000,
     mixtures: Annotated[
@@ -62,7 +68,8 @@ def command(
     given = {"--compute": compute, "--loss": loss, "--gpu-hours": gpu_hours, "--n": n, "--d": d}
     named = [k for k, v in given.items() if v is not None]
     if mixtures is not None:
-        others = [k for k, v in (("--law", law), ("--runs", runs)) if v is not None]
+        others = [k for k, v in (("--law", law), ("--runs", runs), ("--columns", columns)) if v is not None]
+        others += table.given
         if named != ["--n", "--d"] or others:
             extra = f"; drop {', '.join(others)}" if others else ""
             raise InputError(
@@ -96,8 +103,7 @@ def command(
     if served:
         asked["inference_tokens"] = served
     if law is not None:
-        stray = {"--arm": arm, "--domain": domain, "--compute-axis": compute_axis, "--columns": columns}
-        if wrong := [k for k, v in stray.items() if v is not None]:
+        if wrong := [*table.given, *(["--columns"] if columns is not None else [])]:
             raise InputError(
                 f"{', '.join(wrong)}: for --runs; a published law names its loss itself (`isofusion laws`)"
             )
@@ -110,7 +116,7 @@ def command(
         assert runs is not None
         if unique_tokens is not None or image_share is not None:
             raise InputError("--unique-tokens and --image-share are for --law; --runs measures its own cost")
-        basis, note = fitted(runs, arm, domain, compute_axis, columns, draws)
+        basis, note = fitted(runs, table, columns, draws)
     from isofusion.laws.plan import make_plan
 
     plan = make_plan(basis, compute=flops, **values, inference_tokens=served, asked=asked)
@@ -140,26 +146,39 @@ def number(flag: str, text: str | None) -> float:
     return value
 
 
-def fitted(
-    runs: Path, arm: str | None, domain: str | None, compute_axis: str | None, columns: str | None, draws: int
-) -> tuple[Any, str | None]:
-    """(basis, note) of a fit of the user's own runs."""
-    from isofusion.cli.fit import read
+def fitted(runs: Path, table: TableOptions, columns: str | None, draws: int) -> tuple[Any, str | None]:
+    """(basis, note) of a fit of the user's own runs; columns: `role=column,...`, the only way to name N, D and loss."""
     from isofusion.errors import InputError
     from isofusion.laws.basis import of_fit
     from isofusion.laws.bootstrap import bootstrap
     from isofusion.laws.fit import fit_law
 
-    named: dict[str, str | None] = dict.fromkeys(("n", "d", "loss", "c", "group", "size", "seed"))
+    named: dict[str, Any] = {}
     for pair in (columns or "").split(",") if columns else []:
         role, _, column = pair.partition("=")
         role = {"flops": "c"}.get(role.strip(), role.strip())
-        if role not in named or not column.strip():
-            raise InputError(f"--columns {columns}: write role=column pairs; roles are {', '.join(named)}")
+        if role not in ROLES or not column.strip():
+            raise InputError(f"--columns {columns}: write role=column pairs; roles are {', '.join(ROLES)}")
+        if getattr(table, role) is not None:
+            raise InputError(f"--columns {columns}: --{role} names that column already; give one of the two")
         named[role] = column.strip()
-    table, note = read(runs, arm, domain, compute_axis, named)
-    fit = fit_law(table)
-    return of_fit(fit, bootstrap(fit, draws) if draws else None), note
+    try:
+        found, notes = replace(table, **named).read(runs)
+    except InputError as error:
+        raise InputError(spelt(str(error))) from None
+    fit = fit_law(found)
+    return of_fit(fit, bootstrap(fit, draws) if draws else None), spelt("; ".join(notes)) or None
+
+
+def spelt(text: str) -> str:
+    """A message about a table's columns in the words of this command, whose --n, --d and --loss are questions."""
+    text = re.sub(
+        r"--(n|d|loss)(?![\w-])(?: (COLUMN(?::\w)?))?", lambda m: f"--columns {m[1]}={m[2] or 'COLUMN'}", text
+    )
+    joined = re.compile(r"(--columns \S+?=[^\s,]+),? --columns (?=\S+=)")
+    while joined.search(text):
+        text = joined.sub(r"\1,", text)
+    return text
 
 
 def show(plan: dict[str, Any]) -> list[str]:

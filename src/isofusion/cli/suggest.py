@@ -111,12 +111,9 @@ def command(
 
 
 def _no_table(table: TableOptions, needs_arm: bool) -> None:
-    from dataclasses import fields
-
     from isofusion.errors import InputError
 
-    given = [f.name for f in fields(table) if getattr(table, f.name) not in (None, False)]
-    named = [f"--{name.replace('_', '-')}" for name in given if not (name == "arm" and needs_arm)]
+    named = [flag for flag in table.given if not (flag == "--arm" and needs_arm)]
     if named:
         raise InputError(f"{', '.join(named)}: options of a table of runs, and none is given; name the table first")
 
