@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
+from isofusion.laws.analysis import analyse
 from isofusion.laws.basis import of_fit, of_published
 from isofusion.laws.bootstrap import bootstrap
 from isofusion.laws.fit import fit_law
+from isofusion.laws.formanalysis import analyse_form
 from isofusion.laws.frontier import closed_form
 from isofusion.laws.hardware import ACCELERATORS, accelerator, training_flops
 from isofusion.laws.plan import Planner, make_plan
@@ -159,6 +161,19 @@ def test_extrapolation_is_told() -> None:
     near = make_plan(basis("shukor2025/early"), compute=1e21)
     assert near.warnings == []
     assert [w["code"] for w in make_plan(basis("shukor2025/early"), compute=1e22).warnings] == ["outside"]
+
+
+@pytest.mark.parametrize("times", [1.0, 5.0, 10.0, 10.1, 20.0])
+def test_a_plan_calls_extrapolation_what_a_fit_does(simulate: Callable[..., Runs], times: float) -> None:
+    """One rule for N, D and C (laws/warn.py), with rounding on its boundary, for the default law and for others."""
+    runs = simulate(np.random.default_rng(0))
+    c = times * float(runs.c.max())
+    planned = [w for w in make_plan(of_fit(fit_law(runs)), compute=c).warnings if w["code"] == "extrapolation"]
+    fitted = analyse(runs, [c], draws=0).answers[0]["warnings"]
+    other = analyse_form(runs, "p-norm", [c], draws=0).answers[0]["warnings"]
+    assert bool(planned) == bool(fitted) == bool(other) == (times > 10.0)
+    for found in (planned, fitted, other):
+        assert any("C = " in w["message"] or "C is 1" in w["message"] for w in found) == (times > 10.0)
 
 
 def test_a_plan_from_runs_has_intervals(simulate: Callable[..., Runs], truth) -> None:

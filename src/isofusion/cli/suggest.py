@@ -194,6 +194,8 @@ def _reach(goal: Target, pool: Candidates, runs: Runs | None) -> list[str]:
     """A note where the target lies more than a decade outside all runs, done and possible."""
     import numpy as np
 
+    from isofusion.laws.warn import beyond, extrapolates
+
     out = []
     for name, wanted in (("n", goal.n), ("d", goal.d), ("cost", goal.compute)):
         if not len(wanted):
@@ -201,12 +203,12 @@ def _reach(goal: Target, pool: Candidates, runs: Runs | None) -> list[str]:
         seen = getattr(pool, name)
         if runs is not None:
             seen = np.concatenate([seen, getattr(runs, "c" if name == "cost" else name)])
-        above, below = float(np.log10(wanted.max() / seen.max())), float(np.log10(seen.min() / wanted.min()))
+        far, side = beyond(wanted, seen)
         word = {"n": "N", "d": "D", "cost": "compute"}[name]
-        if max(above, below) > 1.0:
-            side = f"{above:.1f} decades above" if above > below else f"{below:.1f} decades below"
+        if extrapolates(far):
             out.append(
-                f"the target's {word} is {side} every run, done or possible: the misfit of the law there is a guess"
+                f"the target's {word} is {far:.1f} decades {side} every run, done or possible: the misfit of the law "
+                "there is a guess"
             )
     return out
 

@@ -24,7 +24,7 @@ from isofusion.laws.solve.paperstart import paper_starts
 from isofusion.laws.solve.restart import joined, restart
 from isofusion.laws.solve.start import GRID, Projector, descend, exponent_grid, merge, pin, projection_starts
 from isofusion.laws.table import Array, Runs, distinct
-from isofusion.laws.warn import FitWarning, WarningCode
+from isofusion.laws.warn import DECADES, FitWarning, WarningCode, beyond, extrapolates
 
 __all__ = [
     "BOUNDS",
@@ -107,19 +107,16 @@ class LawFit:
         return float(np.sqrt(np.sum(self.residuals**2) / free))
 
     def extrapolation(
-        self, n: Array | float, d: Array | float, c: Array | float | None = None, decades: float = 1.0
+        self, n: Array | float, d: Array | float, c: Array | float | None = None, decades: float = DECADES
     ) -> FitWarning | None:
         """A warning if a point lies more than `decades` outside the runs in N, in D or in compute."""
         out = []
         for name, values, seen in (("N", n, self.runs.n), ("D", d, self.runs.d), ("C", c, self.runs.c)):
             if values is None:
                 continue
-            values = np.asarray(values, dtype=np.float64)
-            above = float(np.log10(values.max() / seen.max()))
-            below = float(np.log10(seen.min() / values.min()))
-            if max(above, below) > decades + 1e-9:
-                where = f"{above:.1f} decades above" if above > below else f"{below:.1f} decades below"
-                out.append(f"{name} is {where} the runs ({seen.min():.3g} to {seen.max():.3g})")
+            far, side = beyond(values, seen)
+            if extrapolates(far, decades):
+                out.append(f"{name} is {far:.1f} decades {side} the runs ({seen.min():.3g} to {seen.max():.3g})")
         return FitWarning("extrapolation", "; ".join(out)) if out else None
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from isofusion.laws.forms import find
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
 from isofusion.laws.solve.criterion import Kind
 from isofusion.laws.table import Array, Runs
+from isofusion.laws.warn import beyond, extrapolates
 
 LEVEL = 0.95
 FEWEST_TRUNKS = 8  # below that, resampling trunks leaves draws that identify nothing; rows are resampled instead
@@ -166,7 +167,11 @@ def _answer(fit: FormFit, drawn: Mapping[str, Array], cost: Cost, c: float, runs
         for name, values in each.items():
             row[f"{name}_interval"] = list(_span(values)) if np.isfinite(values).all() else None
     warning = fit.extrapolation({"n": np.array([row["n"]]), "d": np.array([row["d"]])})
-    row["warnings"] = [{"code": warning.code, "message": f"at {c:.3g} FLOPs {warning.message}"}] if warning else []
+    told = [warning.message] if warning else []
+    far, side = beyond(c, runs.c)
+    if extrapolates(far):
+        told.append(f"C is {far:.1f} decades {side} the rows ({runs.c.min():.3g} to {runs.c.max():.3g})")
+    row["warnings"] = [{"code": "extrapolation", "message": f"at {c:.3g} FLOPs {'; '.join(told)}"}] if told else []
     return row
 
 

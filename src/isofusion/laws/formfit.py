@@ -21,7 +21,7 @@ from isofusion.laws.solve.criterion import Criterion, FormProblem, Kind, polish,
 from isofusion.laws.solve.formstart import form_starts
 from isofusion.laws.solve.newton import Solution, newton
 from isofusion.laws.table import Array, Runs
-from isofusion.laws.warn import FitWarning
+from isofusion.laws.warn import DECADES, FitWarning, beyond, extrapolates
 
 STARTS = 256
 KEPT = 48  # projected starts with the least error that are followed
@@ -61,17 +61,16 @@ class FormFit:
         self.law.valid(x, self.label or "columns")
         return self.law.predict(self.params, x)
 
-    def extrapolation(self, columns: Mapping[str, Any] | Runs, decades: float = 1.0) -> FitWarning | None:
+    def extrapolation(self, columns: Mapping[str, Any] | Runs, decades: float = DECADES) -> FitWarning | None:
         """A warning if a row lies more than `decades` outside the fitted rows in any positive column."""
         out = []
         for name, values in _columns(columns, self.law, self.label or "columns").items():
             seen = self.columns[name]
             if not ((seen > 0).all() and (values > 0).all()):
                 continue
-            above, below = float(np.log10(values.max() / seen.max())), float(np.log10(seen.min() / values.min()))
-            if max(above, below) > decades:
-                where = f"{above:.1f} decades above" if above > below else f"{below:.1f} decades below"
-                out.append(f"{name} is {where} the rows ({seen.min():.3g} to {seen.max():.3g})")
+            far, side = beyond(values, seen)
+            if extrapolates(far, decades):
+                out.append(f"{name} is {far:.1f} decades {side} the rows ({seen.min():.3g} to {seen.max():.3g})")
         return FitWarning("extrapolation", "; ".join(out)) if out else None
 
     @property

@@ -18,6 +18,7 @@ import numpy as np
 
 from isofusion.errors import InputError
 from isofusion.laws.mixture import Array, BestMixture, Kind, MixtureLaw, optimal_mixture
+from isofusion.laws.warn import beyond, extrapolates
 
 DRAWS = 100
 STARTS = 128  # projected starts of a fit
@@ -121,9 +122,9 @@ class MixtureTable:
                 tried = f"{low[i]:.3f} to {high[i]:.3f}"
                 out.append(f"share of {name} {shares[i]:.3f} is outside the mixtures tried ({tried})")
         for name, value, seen in (("N", n, self.n), ("D", d, self.d)):
-            far = max(math.log10(value / seen.max()), math.log10(seen.min() / value))
-            if far > 1.0:
-                out.append(f"{name} = {value:.3g} is {far:.1f} decades outside the runs")
+            far, side = beyond(value, seen)
+            if extrapolates(far):
+                out.append(f"{name} = {value:.3g} is {far:.1f} decades {side} the runs")
         return out
 
     def share_draws(self, fits: Sequence[MixtureFit], best: BestMixture, draws: int = DRAWS, seed: int = 0) -> Array:

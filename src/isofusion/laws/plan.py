@@ -20,12 +20,13 @@ from isofusion.errors import InputError
 from isofusion.laws import family
 from isofusion.laws.basis import Basis
 from isofusion.laws.surface import Array, Rate, Surface, six_n
+from isofusion.laws.warn import beyond, extrapolates
 
 SEARCH = (1e4, 1e15)  # parameters between which the optimum is looked for
 GRID = 221
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 CURVE = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)  # N over the optimum's, in the over-training table
-DECADES = 1.0  # extrapolation beyond this many decades is a warning
+NEAR = 0.02  # decades outside the range of the runs from which a plan says so at all
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,9 @@ def _compare_inference(basis: Basis, planner: Planner, best: Point) -> dict[str,
 
 
 def _extrapolation(basis: Basis, answer: dict[str, float]) -> list[dict[str, str]]:
-    """Warnings where N, D or C lie outside what the law rests on."""
+    """Warnings where N, D or C lie outside what the law rests on: "extrapolation" as in `isofusion fit` (warn.py's
+    rule), "outside" up to there.
+    """
     out = []
     for name, key, span in (
         ("N", "n", basis.n_range),
@@ -306,12 +309,10 @@ def _extrapolation(basis: Basis, answer: dict[str, float]) -> list[dict[str, str
     ):
         if span is None:
             continue
-        above, below = math.log10(answer[key] / span[1]), math.log10(span[0] / answer[key])
-        far = max(above, below)
-        if far > 0.02:
-            side = "above" if above > below else "below"
+        far, side = beyond(answer[key], span)
+        if far > NEAR:
             text = f"{name} = {answer[key]:.3g} is {far:.1f} decades {side} what the law rests on"
             text += f" ({span[0]:.3g} to {span[1]:.3g})"
-            code = "extrapolation" if far > DECADES else "outside"
+            code = "extrapolation" if extrapolates(far) else "outside"
             out.append({"code": code, "message": text})
     return out

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+
+DECADES = 1.0
+"""One rule for every command: N, D or C more than this many decades outside the runs is an extrapolation."""
 
 WarningCode = Literal[
     "irreducible-loss-zero",
@@ -17,6 +22,18 @@ WarningCode = Literal[
     "not-converged",
     "isoflop-not-bracketed",
 ]
+
+
+def beyond(values: Any, seen: Any) -> tuple[float, str]:
+    """(decades, "above" or "below"): how far the farthest of `values` lies outside the range of `seen`; <= 0 inside."""
+    values, seen = np.asarray(values, dtype=np.float64), np.asarray(seen, dtype=np.float64)
+    above, below = float(np.log10(values.max() / seen.max())), float(np.log10(seen.min() / values.min()))
+    return (above, "above") if above > below else (below, "below")
+
+
+def extrapolates(decades: float, most: float = DECADES) -> bool:
+    """Whether so many decades outside the runs are an extrapolation; exactly `most` (ten times the runs) is none."""
+    return decades > most + 1e-9
 
 
 @dataclass(frozen=True)
