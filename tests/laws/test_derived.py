@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,3 +61,13 @@ def test_refusals(drawn: Intervals, simulate: Callable[..., Runs]) -> None:
     one_term = bootstrap(fit_law(simulate(np.random.default_rng(1)), d_term=False, grid=8), 20)
     with pytest.raises(InputError, match="without both terms"):
         allocation(one_term)
+
+
+def test_a_draw_whose_search_ended_has_no_bound_on_that_side(drawn: Intervals) -> None:
+    """Measured FLOPs have no closed form; the end of the search (ten thousand times the runs) was quoted as an end."""
+    lost = np.arange(len(drawn.draws)) % 10 == 0
+    odd = replace(drawn, draws=replace(drawn.draws, A=np.where(lost, 1e-9, drawn.draws.A)))
+    runs = replace(drawn.fit.runs, c=6.1 * drawn.fit.runs.n * drawn.fit.runs.d, compute="given")
+    found = at_compute(odd, 1e21, cost=Cost.measured(runs))
+    assert (found["n"].low, found["d"].high, found["tokens_per_parameter"].high) == (-np.inf, np.inf, np.inf)
+    assert np.isfinite([found["n"].high, found["d"].low]).all()

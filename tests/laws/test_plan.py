@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,6 +175,50 @@ def test_a_plan_calls_extrapolation_what_a_fit_does(simulate: Callable[..., Runs
     assert bool(planned) == bool(fitted) == bool(other) == (times > 10.0)
     for found in (planned, fitted, other):
         assert any("C = " in w["message"] or "C is 1" in w["message"] for w in found) == (times > 10.0)
+
+
+def law_of(*draws: tuple[float, float, float, float, float]) -> PowerSurface:
+    return PowerSurface(*np.array(draws).T)
+
+
+USUAL = (1.9, 260.0, 0.3, 1850.0, 0.335)
+
+
+@pytest.mark.parametrize(
+    ("law", "asked", "searched"),
+    [
+        ((1.9, 1e-9, 0.3, 1850.0, 0.335), {"compute": 1e21}, "N between 10000 and 1e\\+15"),
+        ((1.9, 260.0, 0.3, 1e-9, 0.335), {"compute": 1e21}, "N between 10000 and 1e\\+15"),
+        ((1.9, 260.0, 0.3, 1e12, 0.05), {"n": 1e9}, "D between 1000 and 1e\\+22"),
+        ((1.9, 260.0, 0.3, 1e-9, 0.335), {"n": 1e9}, "D between 1000 and 1e\\+22"),
+        ((1.9, 1e9, 0.05, 1850.0, 0.335), {"d": 1e11}, "N between 10000 and 1e\\+15"),
+    ],
+)
+def test_the_edge_of_the_search_is_no_answer(law, asked: dict[str, float], searched: str) -> None:
+    with pytest.raises(InputError, match=f"no optimum: {searched} was searched, and an edge"):
+        make_plan(replace(basis("chinchilla"), surface=law_of(law)), **asked)
+
+
+@pytest.mark.parametrize(
+    ("odd", "asked", "open_ends"),
+    [  # a term of the law is all but gone in some draws: N* runs away to one side
+        ((1.9, 1e-9, 0.3, 1850.0, 0.335), {"compute": 1e21}, {"n": (True, False), "d": (False, True)}),
+        ((1.9, 260.0, 0.3, 1e-9, 0.335), {"compute": 1e21}, {"n": (False, True), "d": (True, False)}),
+        ((1.9, 260.0, 0.3, 1e12, 0.05), {"n": 1e9}, {"d": (False, True), "compute": (False, True)}),
+        ((1.9, 1e-9, 0.3, 1850.0, 0.335), {"d": 1e11}, {"n": (True, False), "tokens_per_parameter": (False, True)}),
+    ],
+)
+def test_an_interval_has_no_bound_where_draws_reach_the_edge(odd, asked, open_ends) -> None:
+    """An end that the search set would look like an answer."""
+    near = [(1.9, 260.0 * (1 + k / 100), 0.3, 1850.0, 0.335) for k in range(90)]
+    law = replace(basis("chinchilla"), surface=law_of(USUAL), draws=law_of(*near, *[odd] * 10))
+    plan = make_plan(law, **asked)
+    for key, ends in open_ends.items():
+        assert tuple(not np.isfinite(v) for v in plan.intervals[key]) == ends, key
+    assert any("10.0 % of the draws have no optimum" in w["message"] for w in plan.warnings)
+    assert all(row["above_interval"] == (-np.inf, np.inf) for row in plan.curve)
+    few = replace(law, draws=law_of(*near * 5, odd))  # fewer than the tail: the interval stands
+    assert all(np.isfinite(plan_end) for key in open_ends for plan_end in make_plan(few, **asked).intervals[key])
 
 
 def test_a_plan_from_runs_has_intervals(simulate: Callable[..., Runs], truth) -> None:

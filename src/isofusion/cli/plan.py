@@ -259,7 +259,7 @@ def _curve(curve: list[dict[str, Any]]) -> list[str]:
         if above and row["factor"] != 1 and all(v is not None for v in above):
             lost = (lost[0], f"{lost[1]} ({above[0]:.4f} to {above[1]:.4f})")
         if more and row["factor"] != 1:
-            ends = [_percent(v) if v is not None else "out of reach" for v in more]
+            ends = [_percent(v) if v is not None else "no bound" for v in more]
             cost += f" ({ends[0]} to {ends[1]})"
         rows.append((*cells, *lost, cost))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -280,9 +280,8 @@ def _span(span: list[float | None] | None, form: str) -> str:
 
 def mixture_plan(file: Path, n: float, d: float, form: str, target: str | None, draws: int) -> dict[str, Any]:
     """Fit the mixture law of every loss in the table and find the best shares at n parameters and d tokens."""
-    import numpy as np
-
     from isofusion.errors import InputError
+    from isofusion.laws.interval import interval
     from isofusion.laws.mixture import optimal_mixture
     from isofusion.laws.mixture_fit import read_mixtures
 
@@ -321,7 +320,7 @@ def mixture_plan(file: Path, n: float, d: float, form: str, target: str | None, 
     }
     if draws:
         drawn = table.share_draws([fits[k] for k in chosen], best, draws)
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        low, high = interval(drawn, 0.95)
         result["intervals"] = {k: [float(low[i]), float(high[i])] for i, k in enumerate(table.domains)}
         result["draws"] = draws
     return result

@@ -19,6 +19,7 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.fit import LawFit, at_bound, continuation, follow
 from isofusion.laws.forms import Params
+from isofusion.laws.interval import interval
 from isofusion.laws.noise import LEAST, Noise, estimate_noise, simulate_noise, tangent
 from isofusion.laws.objective import Problem
 from isofusion.laws.table import Array
@@ -90,10 +91,8 @@ class Intervals:
         return self.quantiles(quantity(self.draws))
 
     def quantiles(self, values: Array) -> Any:
-        """Percentile interval of values already computed on the draws, along their first axis."""
-        tail = (1.0 - self.level) / 2.0
-        with np.errstate(invalid="ignore"):
-            low, high = np.quantile(np.asarray(values, dtype=np.float64), [tail, 1.0 - tail], axis=0)
+        """Percentile interval of values already computed on the draws, along their first axis: interval.py's rule."""
+        low, high = interval(values, self.level)
         return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)
 
     def predictive(self, n: Array, d: Array, group: np.ndarray | None = None) -> tuple[Array, Array]:
@@ -108,9 +107,8 @@ class Intervals:
         log_loss = log_loss + simulate_noise(
             rng, self.noise, np.arange(len(n)).astype(str) if group is None else group, len(self.draws), self.least
         )
-        tail = (1.0 - self.level) / 2.0
-        low, high = np.exp(np.quantile(log_loss, [tail, 1.0 - tail], axis=0))
-        return low, high
+        low, high = interval(log_loss, self.level)
+        return np.exp(low), np.exp(high)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -19,6 +19,7 @@ from isofusion.laws.bootstrap import Intervals
 from isofusion.laws.fit import LawFit
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import Cost, optimum
+from isofusion.laws.interval import interval
 from isofusion.laws.table import Array, Runs, clusters
 
 Verdict = Literal["first better", "second better", "no difference shown", "depends on compute", "depends on size"]
@@ -107,8 +108,7 @@ def bands(
     The band is the largest standardised excursion of a draw over the whole range, so that a verdict that looks
     everywhere is wrong no more often than 1 - level.
     """
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(draws, [tail, 1.0 - tail], axis=0)
+    low, high = interval(draws, level)
     centre, spread = np.median(draws, axis=0), np.maximum(draws.std(axis=0), 1e-300)
     width = float(np.quantile(np.max(np.abs(draws - centre) / spread, axis=1), level)) * spread
     band_low, band_high = difference - width, difference + width

@@ -65,11 +65,15 @@ def at_compute(intervals: Intervals, c: Array | float, *, cost: Cost | None = No
     fit = intervals.fit
     best = compute_optimal(fit, budgets, cost=cost)
     drawn = compute_optimal(fit, budgets, cost=cost, params=intervals.draws)
+    # where the search of a draw ended before its optimum, only the side is known: no bound there
+    outwards = np.where(drawn.n > np.sqrt(fit.runs.n.min() * fit.runs.n.max()), np.inf, -np.inf)
+    lost = drawn.edge & np.isfinite(drawn.n)
+    drawn_n, drawn_d = np.where(lost, outwards, drawn.n), np.where(lost, -outwards, drawn.d)
     with np.errstate(over="ignore"):  # of draws that say nothing: infinite
-        drawn_ratio = drawn.d / drawn.n
+        drawn_ratio = np.where(lost, -outwards, drawn.d / drawn.n)
     pairs = {
-        "n": (best.n, drawn.n),
-        "d": (best.d, drawn.d),
+        "n": (best.n, drawn_n),
+        "d": (best.d, drawn_d),
         "tokens_per_parameter": (best.d / best.n, drawn_ratio),
         "loss": (best.loss, drawn.loss),
     }

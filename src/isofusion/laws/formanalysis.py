@@ -19,6 +19,7 @@ from isofusion.laws.cost import REACH, Cost
 from isofusion.laws.fit import DELTA
 from isofusion.laws.formfit import FormFit, fit_form
 from isofusion.laws.forms import find
+from isofusion.laws.interval import interval
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
 from isofusion.laws.solve.criterion import Kind
 from isofusion.laws.table import Array, Runs
@@ -165,7 +166,8 @@ def _answer(fit: FormFit, drawn: Mapping[str, Array], cost: Cost, c: float, runs
     if drawn:
         each = _optimum(fit, drawn, cost, c, runs)
         for name, values in each.items():
-            row[f"{name}_interval"] = list(_span(values)) if np.isfinite(values).all() else None
+            span = _span(values)
+            row[f"{name}_interval"] = list(span) if np.isfinite(span).all() else None
     warning = fit.extrapolation({"n": np.array([row["n"]]), "d": np.array([row["d"]])})
     told = [warning.message] if warning else []
     far, side = beyond(c, runs.c)
@@ -192,6 +194,5 @@ def _optimum(fit: FormFit, params: Mapping[str, Any], cost: Cost, c: float, runs
 
 
 def _span(values: Array) -> tuple[float, float]:
-    tail = (1.0 - LEVEL) / 2.0
-    low, high = np.quantile(values, [tail, 1.0 - tail])
+    low, high = interval(values, LEVEL)
     return float(low), float(high)

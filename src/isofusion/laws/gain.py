@@ -22,6 +22,7 @@ from isofusion.laws.cost import Cost
 from isofusion.laws.fit import LawFit
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import closed_form, optimum
+from isofusion.laws.interval import interval
 from isofusion.laws.table import Array
 
 SLACK = 1.05  # a best size this factor outside the trained ones still counts as inside
@@ -208,11 +209,6 @@ def _interval(log_gain: Array, level: float) -> tuple[Array, Array]:
 
     A draw without a frontier (a term of its law is gone) counts as unbounded on both sides.
     """
-    tail = (1.0 - level) / 2.0
-    far = UNBOUNDED + 10.0
-    low = np.quantile(np.clip(np.nan_to_num(log_gain, nan=-far), -far, far), tail, axis=0)
-    high = np.quantile(np.clip(np.nan_to_num(log_gain, nan=far), -far, far), 1.0 - tail, axis=0)
-    return (
-        np.where(low > -UNBOUNDED, np.exp(low), 0.0),
-        np.where(high < UNBOUNDED, np.exp(np.minimum(high, UNBOUNDED)), np.inf),
-    )
+    far = np.abs(log_gain) >= UNBOUNDED  # False of NaN
+    low, high = interval(np.where(far, np.copysign(np.inf, log_gain), log_gain), level)
+    return np.exp(low), np.exp(high)

@@ -21,6 +21,7 @@ from isofusion.laws.cost import Cost
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.frontier import compute_optimal
 from isofusion.laws.interpolate import through
+from isofusion.laws.interval import interval
 from isofusion.laws.noise import estimate_noise, simulate_noise
 from isofusion.laws.table import Array, Runs, clusters
 from isofusion.laws.warn import FitWarning
@@ -310,14 +311,13 @@ def _power(
     weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
     true_a = float(weights @ np.log(compute_optimal(fit, np.exp(x), cost=cost).n))
     bias = float(weights @ np.array([clean[i] for i in use])) - true_a
-    interval = None
+    span = None
     drawn = np.stack([simulated[i] for i in use], axis=1)
     if len(drawn) and np.isfinite(bias):
         error = drawn @ weights - true_a
-        tail = (1.0 - level) / 2.0
-        low, high = np.quantile(error, [tail, 1.0 - tail])
-        interval = float(a - high), float(a - low)
-    return PowerLaw(float(a), float(intercept), len(use), bias if np.isfinite(bias) else None, interval, level)
+        low, high = interval(error, level)
+        span = float(a - high), float(a - low)
+    return PowerLaw(float(a), float(intercept), len(use), bias if np.isfinite(bias) else None, span, level)
 
 
 def _plain(value: float) -> float | None:

@@ -19,10 +19,20 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws import family
 from isofusion.laws.basis import Basis
+from isofusion.laws.interval import interval
 from isofusion.laws.surface import Array, Rate, Surface, six_n
 from isofusion.laws.warn import beyond, extrapolates
 
 SEARCH = (1e4, 1e15)  # parameters between which the optimum is looked for
+TOKENS = (1e3, 1e22)  # and tokens, where the size is given
+EDGE = 1.2  # an optimum within this factor of an end of the search is none: the search ended, not the law's descent
+# what moves how, as an optimum runs out of the upper end of the search: of such draws nothing but the side is known
+OPEN: dict[str, dict[str, int]] = {
+    "compute": {"n": 1, "d": -1, "tokens_per_parameter": -1},
+    "loss": {"n": 1, "d": -1, "tokens_per_parameter": -1},
+    "n": {"d": 1, "tokens_per_parameter": 1, "compute": 1, "total": 1},
+    "d": {"n": 1, "tokens_per_parameter": -1, "compute": 1, "total": 1},
+}
 GRID = 221
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 CURVE = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)  # N over the optimum's, in the over-training table
@@ -77,7 +87,7 @@ class Planner:
     def at_size(self, n: float) -> Point:
         """The tokens for which n parameters are compute-optimal (no inference)."""
         one = np.full(len(self.surface.floor), float(n))
-        return self.point(one, _balance(lambda d: -self._excess(one, d), len(one), (1e3, 1e22)))
+        return self.point(one, _balance(lambda d: -self._excess(one, d), len(one), TOKENS))
 
     def at_tokens(self, d: float) -> Point:
         """The size for which d tokens are compute-optimal (no inference)."""
@@ -95,9 +105,11 @@ class Planner:
         gain_n = -slope(lambda x: self.surface.loss(n * x, d))
         return gain_n + cost * slope(lambda x: self.surface.loss(n, d * x))
 
-    def share_at_edge(self, n: Array) -> float:
-        """Share of draws whose optimum ran into the edge of the search."""
-        return float(np.mean(~((n > SEARCH[0] * 1.2) & (n < SEARCH[1] / 1.2))))
+
+def side(p: Point, asked: str) -> Array:
+    """-1, 1 where a draw's optimum ran into the lower, upper end of the search (no optimum: 1), else 0: [S]."""
+    values, (low, high) = (p.d, TOKENS) if asked == "n" else (p.n, SEARCH)
+    return np.where(values < low * EDGE, -1.0, np.where(values < high / EDGE, 0.0, 1.0))
 
 
 def _minimise(f: Callable[[Array], Array], draws: int) -> Array:
@@ -215,10 +227,11 @@ def make_plan(
     steps = {"compute": Planner.at_compute, "loss": Planner.at_loss, "n": Planner.at_size, "d": Planner.at_tokens}
     points = [steps[what](planner, value) for planner in planners]
     best = points[0]
-    if planners[0].share_at_edge(best.n):
+    searched = "D between {:g} and {:g}".format(*TOKENS) if what == "n" else "N between {:g} and {:g}".format(*SEARCH)
+    if side(best, what).any():
         why = "inference alone costs more than this budget" if inference_tokens and what == "compute" else "no optimum"
-        raise InputError(f"{basis.name}: {why}: N between {SEARCH[0]:g} and {SEARCH[1]:g} was searched")
-    quantities = [_quantities(p) for p in points]
+        raise InputError(f"{basis.name}: {why}: {searched} was searched, and an edge of a search is no answer")
+    quantities = [_quantities(p, what) for p in points]
     answer = {k: float(v[0]) for k, v in quantities[0].items()}
     intervals = {}
     if len(points) > 1:
@@ -226,16 +239,18 @@ def make_plan(
         intervals = {k: _interval(v, basis.level) for k, v in quantities[1].items() if k != fixed}
         if what == "compute" and not inference_tokens:
             intervals.pop("compute")  # given, as the total is
-    others = [_quantities(steps[what](Planner(s, basis.rate, inference_tokens), value)) for s in basis.readings]
+    others = [_quantities(steps[what](Planner(s, basis.rate, inference_tokens), value), what) for s in basis.readings]
     readings = (
         {k: (min(float(o[k][0]) for o in others), max(float(o[k][0]) for o in others)) for k in others[0]}
         if others
         else {}
     )
-    curve = [_off(planners, points, factor, basis.level) for factor in CURVE]
+    curve = [_off(planners, points, factor, basis.level, what) for factor in CURVE]
     warnings = _extrapolation(basis, answer)
-    if len(points) > 1 and (share := planners[1].share_at_edge(points[1].n)):
-        text = f"{100 * share:.1f} % of the draws have no optimum between {SEARCH[0]:g} and {SEARCH[1]:g} parameters"
+    if len(points) > 1 and (share := float(np.mean(side(points[1], what) != 0))):
+        text = (
+            f"{100 * share:.1f} % of the draws have no optimum: {searched} was searched; beyond it, no bound is known"
+        )
         warnings.append({"code": "draws-without-optimum", "message": text})
     return Plan(
         asked or {what: value, "inference_tokens": inference_tokens},
@@ -250,12 +265,18 @@ def make_plan(
     )
 
 
-def _quantities(p: Point) -> dict[str, Array]:
-    ratio = p.d / p.n
-    return {"n": p.n, "d": p.d, "loss": p.loss, "compute": p.compute, "total": p.total, "tokens_per_parameter": ratio}
+def _quantities(p: Point, asked: str) -> dict[str, Array]:
+    """Every quantity of the points, [S]; infinite where the search ended before the optimum."""
+    with np.errstate(invalid="ignore"):
+        ratio = p.d / p.n
+    out = {"n": p.n, "d": p.d, "loss": p.loss, "compute": p.compute, "total": p.total, "tokens_per_parameter": ratio}
+    where = np.where(np.isfinite(p.n) & np.isfinite(p.d), side(p, asked), 0.0)
+    for key, sign in OPEN[asked].items():
+        out[key] = np.where(where == 0, out[key], np.copysign(np.inf, sign * where))
+    return out
 
 
-def _off(planners: list[Planner], points: list[Point], factor: float, level: float) -> dict[str, Any]:
+def _off(planners: list[Planner], points: list[Point], factor: float, level: float, asked: str) -> dict[str, Any]:
     """A model of factor x the optimal N: what it loses at the same total, and costs for the same loss."""
     found = []
     for planner, best in zip(planners, points, strict=True):
@@ -266,6 +287,8 @@ def _off(planners: list[Planner], points: list[Point], factor: float, level: flo
             more = planner.total(n, planner.surface.tokens(best.loss, n)) / best.total - 1.0
         if factor == 1.0:
             more = np.zeros_like(more)
+        unknown = (side(best, asked) != 0) & np.isfinite(best.n)  # nothing is known beside an optimum not found
+        at, more = np.where(unknown, np.nan, at), np.where(unknown, np.nan, more)
         found.append(
             {"n": n, "d": d, "tokens_per_parameter": d / n, "loss": at, "above": at - best.loss, "extra": more}
         )
@@ -277,10 +300,9 @@ def _off(planners: list[Planner], points: list[Point], factor: float, level: flo
 
 
 def _interval(values: Array, level: float) -> tuple[float, float]:
-    """Percentile interval of draws, which may be infinite."""
-    values = np.where(np.isnan(values), np.inf, values)
-    tail = 0.5 * (1.0 - level)
-    return float(np.quantile(values, tail, method="lower")), float(np.quantile(values, 1.0 - tail, method="higher"))
+    """interval.py's rule, as numbers; infinite where the draws give no bound."""
+    low, high = interval(values, level)
+    return float(low), float(high)
 
 
 def _compare_inference(basis: Basis, planner: Planner, best: Point) -> dict[str, Any]:
