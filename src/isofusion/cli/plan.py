@@ -166,7 +166,7 @@ def fitted(runs: Path, table: TableOptions, columns: str | None, draws: int) -> 
         found, notes = replace(table, **named).read(runs)
     except InputError as error:
         raise InputError(spelt(str(error))) from None
-    fit = fit_law(found)
+    fit = fit_law(found.canonical()[0])
     return of_fit(fit, bootstrap(fit, draws) if draws else None), spelt("; ".join(notes)) or None
 
 

@@ -78,7 +78,7 @@ class Analysis:
 
     @property
     def digest(self) -> str:
-        """sha256 of the runs as read and the options: equal digests, equal result."""
+        """sha256 of the runs, in any order of their rows, and the options: equal digests, equal result."""
         return digest(self.runs, self.options)
 
     def warnings(self) -> list[dict[str, str]]:
@@ -133,12 +133,14 @@ def analyse(
 
     Without compute the answer is given at the runs' largest and at ten times that. draws: of the bootstrap (0: no
     intervals). profiles: profile alpha, beta, E and N* too. pool: where the hold-outs and the sensitivity are computed
-    meanwhile, e.g. a ProcessPoolExecutor; the same numbers, sooner. Raises InputError where the runs cannot identify
-    the law, compute is not positive, or the law has no optimum at a compute asked for.
+    meanwhile, e.g. a ProcessPoolExecutor; the same numbers, sooner. The order of the runs changes nothing. Raises
+    InputError where the runs cannot identify the law, compute is not positive, or the law has no optimum at a compute
+    asked for.
     """
     asked = [float(c) for c in compute]
     if any(not (np.isfinite(c) and c > 0) for c in asked):
         raise InputError(f"--compute {asked}: give positive FLOPs, e.g. --compute 1e20")
+    runs, _ = runs.canonical()
     fit = fit_law(runs, delta=delta, fixed_e=fixed_e, starts=starts)
     cost = Cost.of(runs)
     largest = float(runs.c.max())

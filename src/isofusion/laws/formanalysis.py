@@ -17,7 +17,7 @@ from isofusion.errors import InputError
 from isofusion.laws.analysis import BEYOND, Refused, attempt, digest
 from isofusion.laws.cost import REACH, Cost
 from isofusion.laws.fit import DELTA
-from isofusion.laws.formfit import FormFit, fit_form
+from isofusion.laws.formfit import FormFit, check_columns, fit_form
 from isofusion.laws.forms import find
 from isofusion.laws.interval import interval
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
@@ -91,6 +91,13 @@ def analyse_form(
     if missing := [k for k in law.columns if k not in ON_RUNS and k not in more]:
         names = " ".join(f"--column {k}=NAME" for k in missing)
         raise InputError(f"{law.name} ({law.formula}) needs columns {', '.join(missing)}: name them with {names}")
+    if short := [f"{k} {np.size(v)}" for k, v in more.items() if np.size(v) != len(runs)]:
+        raise InputError(f"columns {', '.join(short)} rows beside {len(runs)} runs; they must be equal")
+    check_columns({k: getattr(runs, k) for k in ON_RUNS} | more, law, runs.label or "runs")  # rows as the user has them
+    runs, order = runs.canonical(*(np.asarray(more[k], dtype=np.float64) for k in sorted(more)))
+    more = {k: np.asarray(v, dtype=np.float64)[order] for k, v in more.items()}
+    if weights is not None and not isinstance(weights, str):
+        weights = np.asarray(weights, dtype=np.float64)[order]
     columns: dict[str, Any] = {k: getattr(runs, k) for k in (*ON_RUNS, "loss")} | more
     if isinstance(weights, str) and weights == "se":
         if runs.se is None:

@@ -338,6 +338,11 @@ def _distinct(ends: Solution) -> tuple[np.ndarray, Array]:
     return order[new], np.bincount(group).astype(np.float64)
 
 
+def check_columns(columns: Mapping[str, Any] | Runs, law: Law, label: str) -> None:
+    """Raise InputError, naming the row, where a column is missing, of another length or out of the law's domain."""
+    law.valid(_columns(columns, law, label), label)
+
+
 def _columns(columns: Mapping[str, Any] | Runs, law: Law, label: str) -> dict[str, Array]:
     out = {name: _column(columns, name, label) for name in law.columns}
     lengths = {name: len(v) for name, v in out.items()}

@@ -23,6 +23,7 @@ Labels = npt.NDArray[np.str_]
 
 SAME = 1.05  # two values closer than this factor count as one model size or one token budget
 MAX_LISTED = 5  # bad rows named in one message
+ROW = "row "  # with its number: the trunk of a run without a group
 LEDGER = frozenset(("arm", "run", "parent", "n", "tokens", "flops"))  # and loss_<domain>: a study's results.csv
 DOMAINS = ("caption", "interleaved", "text", "mean")
 
@@ -111,7 +112,7 @@ class Runs:
                 )
         sizes = np.asarray([f"{v:.3g}" for v in n_] if size is None else [str(s) for s in size], dtype=np.str_)
         groups = np.asarray(
-            [f"row {i}" for i in range(rows)] if group is None else [str(g) for g in group], dtype=np.str_
+            [f"{ROW}{i}" for i in range(rows)] if group is None else [str(g) for g in group], dtype=np.str_
         )
         seeds = np.asarray(["0"] * rows if seed is None else [str(s) for s in seed], dtype=np.str_)
         for name, label_column in (("size", sizes), ("group", groups), ("seed", seeds)):
@@ -190,6 +191,21 @@ class Runs:
         pick = {k: getattr(self, k)[rows] for k in ("n", "d", "loss", "c", "size", "group", "seed")}
         se = None if self.se is None else self.se[rows]
         return replace(self, **pick, se=se, oracle=None if self.oracle is None else self.oracle[rows])
+
+    def canonical(self, *more: Array) -> tuple[Runs, npt.NDArray[np.int64]]:
+        """(the runs in an order that the table's own order does not change, indices that give it); more: columns [m].
+
+        Simulated noise and digests go by row, so that whoever shuffles a table would get other intervals. Trunks that
+        were numbered by row (runs without a group) are numbered anew.
+        """
+        numbers = [
+            np.asarray(v) for v in (self.n, self.d, self.loss, self.c, self.se, self.oracle, *more) if v is not None
+        ]
+        own = np.char.startswith(self.group, ROW)
+        order = np.lexsort([np.where(own, ROW, self.group), self.size, self.seed, *numbers[::-1]])
+        runs = self.select(order)
+        numbered = [f"{ROW}{i}" if own[k] else str(runs.group[i]) for i, k in enumerate(order)]
+        return replace(runs, group=np.asarray(numbered, dtype=np.str_)), order
 
     def with_loss(self, loss: Array) -> Runs:
         """The same runs with other losses (simulations)."""

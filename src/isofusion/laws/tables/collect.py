@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.table import MAX_LISTED, Array, Runs
+from isofusion.laws.table import MAX_LISTED, ROW, Array, Runs
 from isofusion.laws.tables.cells import COUNTS, has, need, parse, resolve
 from isofusion.laws.tables.choose import pooled
 from isofusion.laws.tables.commas import settle_rows
@@ -237,7 +237,7 @@ def _build(
     derived = "derived" in numbers
     given = {role: texts for role, texts in labels.items() if any(texts)}
     if "group" in given:  # a row without a group is its own trunk
-        given["group"] = [text or f"row {i}" for i, text in enumerate(given["group"])]
+        given["group"] = [text or f"{ROW}{i}" for i, text in enumerate(given["group"])]
     runs = Runs.of(
         *(numbers["n"], numbers["d"], numbers["loss"]),
         c=numbers.get("c"),
