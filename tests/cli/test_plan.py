@@ -158,6 +158,16 @@ def test_tables_are_read_with_the_options_of_fit(capsys: pytest.CaptureFixture[s
     assert (chosen["note"], chosen["answer"]) == ("--where arm=a: 20 of 38 rows", whole["answer"])
 
 
+def test_intervals_may_rest_on_resampled_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = ("--runs", str(losses(tmp_path / "runs.csv")), "--compute", "1e22", "--bootstrap", "50")
+    rows = plan(capsys, *asked, "--resample", "row")
+    assert "rows resampled" in rows["law"]["interval"]
+    assert rows["intervals"] != plan(capsys, *asked)["intervals"]
+    code, _, err = run(capsys, "plan", *asked, "--resample", "rows")
+    assert code == 2
+    assert "--resample rows: choose hierarchical, residual, row, trunk" in err
+
+
 @pytest.mark.parametrize(
     ("head", "arguments", "words"),
     [

@@ -53,6 +53,14 @@ def command(
         str | None, typer.Option("--columns", help="With --runs TABLE: n=params,d=tokens,loss=val_loss.")
     ] = None,
     draws: Annotated[int, typer.Option("--bootstrap", help="With --runs: draws for the intervals; 0 for none.")] = 1000,
+    resample: Annotated[
+        str | None,
+        typer.Option(
+            "--resample",
+            help="With --runs: intervals from hierarchical (default), residual, row or trunk resampling.",
+            show_default=False,
+        ),
+    ] = None,
     mixtures: Annotated[
         Path | None, typer.Option("--mixtures", help="Table of runs on several mixtures: best shares at --n and --d.")
     ] = None,
@@ -103,7 +111,8 @@ def command(
     if served:
         asked["inference_tokens"] = served
     if law is not None:
-        if wrong := [*table.given, *(["--columns"] if columns is not None else [])]:
+        stray = {"--columns": columns, "--resample": resample}
+        if wrong := [*table.given, *(k for k, v in stray.items() if v is not None)]:
             raise InputError(
                 f"{', '.join(wrong)}: for --runs; a published law names its loss itself (`isofusion laws`)"
             )
@@ -116,7 +125,7 @@ def command(
         assert runs is not None
         if unique_tokens is not None or image_share is not None:
             raise InputError("--unique-tokens and --image-share are for --law; --runs measures its own cost")
-        basis, note = fitted(runs, table, columns, draws)
+        basis, note = fitted(runs, table, columns, draws, resample or "hierarchical")
     from isofusion.laws.plan import make_plan
 
     plan = make_plan(basis, compute=flops, **values, inference_tokens=served, asked=asked)
@@ -146,13 +155,17 @@ def number(flag: str, text: str | None) -> float:
     return value
 
 
-def fitted(runs: Path, table: TableOptions, columns: str | None, draws: int) -> tuple[Any, str | None]:
+def fitted(
+    runs: Path, table: TableOptions, columns: str | None, draws: int, resample: str = "hierarchical"
+) -> tuple[Any, str | None]:
     """(basis, note) of a fit of the user's own runs; columns: `role=column,...`, the only way to name N, D and loss."""
     from isofusion.errors import InputError
     from isofusion.laws.basis import of_fit
-    from isofusion.laws.bootstrap import bootstrap
+    from isofusion.laws.bootstrap import METHODS, bootstrap
     from isofusion.laws.fit import fit_law
 
+    if resample not in METHODS:
+        raise InputError(f"--resample {resample}: choose {', '.join(METHODS)}")
     named: dict[str, Any] = {}
     for pair in (columns or "").split(",") if columns else []:
         role, _, column = pair.partition("=")
@@ -167,7 +180,8 @@ def fitted(runs: Path, table: TableOptions, columns: str | None, draws: int) -> 
     except InputError as error:
         raise InputError(spelt(str(error))) from None
     fit = fit_law(found.canonical()[0])
-    return of_fit(fit, bootstrap(fit, draws) if draws else None), spelt("; ".join(notes)) or None
+    drawn = bootstrap(fit, draws, method=resample) if draws else None
+    return of_fit(fit, drawn), spelt("; ".join(notes)) or None
 
 
 def spelt(text: str) -> str:

@@ -31,9 +31,11 @@ from isofusion.laws.frontier import Cost, Regression, compute_optimal, exponents
 from isofusion.laws.holdout import HoldOut, hold_out, largest_size
 from isofusion.laws.isoflop import IsoFlops, isoflops
 from isofusion.laws.profile import Profile, Studies, profile
+from isofusion.laws.residuals import pull_warning
 from isofusion.laws.rollout import Rollout, rollout
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
 from isofusion.laws.table import Runs
+from isofusion.laws.warn import FitWarning
 
 T = TypeVar("T")
 BEYOND = 10.0  # the answer is given at this many times the largest compute of the runs where none is asked for
@@ -70,6 +72,7 @@ class Analysis:
     sensitivity: Sensitivity | Refused
     isoflops: IsoFlops | Refused
     profiles: dict[str, Profile | Refused] = field(default_factory=dict)
+    pulled: FitWarning | None = None  # runs without which alpha or beta leaves its interval
 
     @property
     def compute(self) -> float:
@@ -83,7 +86,8 @@ class Analysis:
 
     def warnings(self) -> list[dict[str, str]]:
         """Those of the fit, of each answer and of the isoFLOP budgets; each once."""
-        found = [{"code": w.code, "message": w.message} for w in self.fit.warnings]
+        own = (*self.fit.warnings, *([self.pulled] if self.pulled else []))
+        found = [{"code": w.code, "message": w.message} for w in own]
         found += [w for row in self.answers for w in row["warnings"]]
         for p in (*self.profiles.values(), self.isoflops):
             if isinstance(p, (Profile, IsoFlops)):
@@ -183,6 +187,7 @@ def analyse(
         sensitivity=choices(),
         isoflops=budgets,
         profiles=found_profiles,
+        pulled=pull_warning(intervals) if intervals else None,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from isofusion.laws.table import Array
 __all__ = ["LEAST", "Intervals", "Noise", "Refusal", "bootstrap", "bootstrap_many", "estimate_noise", "refit"]
 
 Method = Literal["hierarchical", "residual", "row", "trunk"]
+METHODS: tuple[Method, ...] = get_args(Method)
 # Least degrees of freedom behind an interval for E. Of 120 simulated studies each (benchmarks/coverage.py, "floor"):
 # 4 sizes x 1 seed (1 degree) covers E in 88 %, 5 x 1 (2) and 3 x 2 (3) in 93 %, 4 x 2 (5) in 96 %.
 FLOOR_FREEDOM = 2

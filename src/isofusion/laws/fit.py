@@ -20,6 +20,7 @@ from isofusion.errors import InputError
 from isofusion.laws.formfit import FormFit, fit_form
 from isofusion.laws.forms import NAMES, Form, Params, Scale
 from isofusion.laws.objective import Problem, Solution, jacobian, minimise, terms, value
+from isofusion.laws.residuals import residual_warnings
 from isofusion.laws.solve.paperstart import paper_starts
 from isofusion.laws.solve.restart import joined, restart
 from isofusion.laws.solve.start import GRID, Projector, descend, exponent_grid, merge, pin, projection_starts
@@ -52,6 +53,7 @@ DELTA = 1e-3
 BOUNDS = (0.01, 3.0)  # of both exponents
 LOOSE = 1e-6  # predicted relative decrease at which the next stage starts
 SAME_BASIN = 1e-6  # relative difference of objectives that still counts as the same end
+FREEDOM = 4  # degrees of freedom below which a fit is not tested by its own runs (3 sizes x 3 budgets leave 4)
 RATIO = 0.74  # of successive deltas in the fine continuation
 Starts = Literal["projection", "paper"]
 
@@ -96,6 +98,11 @@ class LawFit:
         return self.params.predict(n, d)
 
     @property
+    def freedom(self) -> int:
+        """Degrees of freedom: runs beyond the fitted parameters."""
+        return len(self.runs) - len(self.names)
+
+    @property
     def residuals(self) -> Array:
         """log observed - log predicted, [m]."""
         return np.log(self.runs.loss) - np.log(self.predict(self.runs.n, self.runs.d))
@@ -103,8 +110,7 @@ class LawFit:
     @property
     def residual_spread(self) -> float:
         """Standard deviation of the residuals (relative loss), corrected for the fitted parameters."""
-        free = max(1, len(self.runs) - len(self.names))
-        return float(np.sqrt(np.sum(self.residuals**2) / free))
+        return float(np.sqrt(np.sum(self.residuals**2) / max(1, self.freedom)))
 
     def extrapolation(
         self, n: Array | float, d: Array | float, c: Array | float | None = None, decades: float = DECADES
@@ -142,6 +148,7 @@ class LawFit:
             },
             "residual_spread": self.residual_spread,
             "runs": len(self.runs),
+            "freedom": self.freedom,
             "sizes": self.runs.n_sizes,
             "budgets": self.runs.n_budgets,
             "n_range": [float(self.runs.n.min()), float(self.runs.n.max())],
@@ -376,6 +383,14 @@ def _warnings(fit: LawFit, converged: bool, gauss: Array, seen: np.ndarray) -> t
         say("too-few-sizes", f"alpha rests on {runs.n_sizes} model sizes; {test}")
     if form.d_term and runs.n_budgets < 4:
         say("too-few-budgets", f"beta rests on {runs.n_budgets} token budgets; add longer or shorter runs")
+    if fit.freedom < FREEDOM:
+        say(
+            "too-few-runs",
+            f"{len(runs)} runs for {len(fit.names)} parameters leave {fit.freedom} degree{'s' * (fit.freedom != 1)} of "
+            "freedom: the law passes near its runs whatever they are, and no choice or interval can show how wrong it "
+            f"is; train {FREEDOM - fit.freedom} or more other runs",
+        )
+    out += residual_warnings(runs, fit.residuals, len(fit.names))
     if fit.condition > 1e12:
         say("unidentified", f"condition number {fit.condition:.1e}: some parameters trade off exactly; widen N and D")
         return tuple(out)

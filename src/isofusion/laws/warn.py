@@ -21,6 +21,9 @@ WarningCode = Literal[
     "unidentified",
     "not-converged",
     "isoflop-not-bracketed",
+    "too-few-runs",
+    "odd-run",
+    "uneven-spread",
 ]
 
 

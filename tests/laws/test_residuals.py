@@ -1,0 +1,112 @@
+"""What residuals say against intervals: uneven spread, odd runs, runs that decide an exponent, no freedom left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from isofusion.laws.analysis import analyse
+from isofusion.laws.basis import of_fit
+from isofusion.laws.bootstrap import bootstrap
+from isofusion.laws.fit import LawFit, fit_law
+from isofusion.laws.forms import Params
+from isofusion.laws.residuals import pull_warning, pulls
+from isofusion.laws.table import Array, Runs
+
+
+def grid(
+    truth: Params, spread: Callable[[Array, Array], Array], sizes: int = 8, budgets: int = 8, seed: int = 0
+) -> Runs:
+    n = np.repeat(np.geomspace(1e8, 1e10, sizes), budgets)
+    d = np.tile(np.geomspace(1e9, 2e11, budgets), sizes)
+    noise = spread(n, d) * np.random.default_rng(seed).standard_normal(len(n))
+    return Runs.of(n, d, truth.predict(n, d) * np.exp(noise))
+
+
+def said(fit: LawFit, code: str) -> list[str]:
+    return [w.message for w in fit.warnings if w.code == code]
+
+
+def test_a_spread_that_grows_or_falls_is_told_with_the_wider_option(truth: Params) -> None:
+    even = fit_law(grid(truth, lambda n, d: np.full(len(n), 0.002)))
+    assert said(even, "uneven-spread") == []
+    (small,) = said(fit_law(grid(truth, lambda n, d: 0.002 * (1e8 / n) ** 0.5)), "uneven-spread")
+    assert "residuals of the smallest third of the sizes" in small
+    assert "isofusion plan --runs TABLE --resample row" in small
+    (long,) = said(fit_law(grid(truth, lambda n, d: 0.002 * (d / 1e9) ** 0.4)), "uneven-spread")
+    assert "residuals of the largest third of the token budgets" in long
+
+
+def test_rarely_told_without_cause(truth: Params) -> None:
+    """At p < 0.01 for N and for D at most about 2 of 100 even tables."""
+    odd = [fit_law(grid(truth, lambda n, d: np.full(len(n), 0.002), seed=s), grid=6).warnings for s in range(60)]
+    assert sum(any(w.code in ("uneven-spread", "odd-run") for w in found) for found in odd) <= 4
+
+
+def test_rows_of_a_trunk_are_no_independent_witnesses(truth: Params) -> None:
+    """One unlucky trunk of 20 rows is one number, not twenty; with few trunks nothing is said of N."""
+    runs = grid(truth, lambda n, d: np.full(len(n), 1e-4), sizes=6, budgets=20)
+    trunk = np.array([f"t{i}" for i in range(6) for _ in range(20)])
+    luck = np.repeat([0.02, 0.0, -0.0, 0.0, 0.0, 0.0], 20)
+    shared = Runs.of(runs.n, runs.d, runs.loss * np.exp(luck), group=list(trunk))
+    assert not any("the sizes" in text for text in said(fit_law(shared), "uneven-spread"))
+
+
+def test_an_odd_run_is_named_with_what_it_does_to_the_intervals(truth: Params) -> None:
+    runs = grid(truth, lambda n, d: np.full(len(n), 0.002))
+    wrong = runs.loss.copy()
+    wrong[13] *= 1.2
+    fit = fit_law(runs.with_loss(wrong))
+    (told,) = said(fit, "odd-run")
+    assert f"the run N = {runs.n[13]:.4g}, D = {runs.d[13]:.4g}, loss {wrong[13]:.4g} is" in told
+    assert "% above the law" in told
+    assert "intervals rest on a spread of 2.4 %, 0.19 % without" in told
+    assert said(fit_law(runs), "odd-run") == []
+    assert any(w["code"] == "odd-run" for w in analyse(runs.with_loss(wrong), draws=0).warnings())
+
+
+def test_a_run_that_decides_an_exponent_is_named(truth: Params) -> None:
+    """A lone largest size whose loss is off: the law bends to it, so its residual is small and its pull is not."""
+    runs = grid(truth, lambda n, d: np.full(len(n), 0.0003), sizes=5, budgets=4)
+    far = Runs.of(
+        np.append(runs.n, 1e12), np.append(runs.d, 2e11), np.append(runs.loss, 1.01 * truth.predict(1e12, 2e11))
+    )
+    drawn = bootstrap(fit_law(far), 200)
+    assert pulls(drawn)[0].row == len(runs)
+    assert said(drawn.fit, "odd-run") == []
+    told = pull_warning(drawn)
+    assert told is not None
+    assert told.code == "odd-run"
+    assert "without the run N = 1e+12" in told.message
+    assert "outside its interval" in told.message
+    assert any("N = 1e+12" in w["message"] for w in of_fit(drawn.fit, drawn).facts["fit_warnings"])
+    assert any("N = 1e+12" in w["message"] for w in analyse(far, draws=200).warnings())
+    assert pull_warning(bootstrap(fit_law(runs), 200)) is None
+
+
+@pytest.mark.parametrize(("rows", "degrees"), [(6, "1 degree of"), (7, "2 degrees of"), (8, "3 degrees of"), (9, "")])
+def test_few_degrees_of_freedom_are_told(truth: Params, rows: int, degrees: str) -> None:
+    """Six runs for five parameters end wherever the starts go, and every choice gives nearly the same law."""
+    runs = grid(truth, lambda n, d: np.full(len(n), 0.002), sizes=3, budgets=3)
+    keep = [0, 1, 3, 4, 8, 2, 6, 5, 7][:rows]
+    fit = fit_law(runs.select(np.array(keep)))
+    told = said(fit, "too-few-runs")
+    assert fit.freedom == rows - 5 == fit.to_dict()["freedom"]
+    assert bool(told) == bool(degrees)
+    if told:
+        assert f"{rows} runs for 5 parameters leave {degrees} freedom" in told[0]
+        assert f"train {9 - rows} or more other runs" in told[0]
+
+
+def test_epochs_points_name_the_rows_that_were_published_as_outliers(epoch: Runs, epoch240: Runs) -> None:
+    """Without the five largest losses the spread grows with N, and resampled rows give beta a wider interval."""
+    (told,) = said(fit_law(epoch), "odd-run")
+    largest = np.sort(epoch.loss)[-5:]
+    assert sum(f"loss {loss:.4g}" in told for loss in largest) == 3
+    assert "and 1 more" in told
+    fit = fit_law(epoch240)
+    assert "with N +0.2" in said(fit, "uneven-spread")[0]
+    narrow, wide = (bootstrap(fit, 400, method=m).interval("beta") for m in ("hierarchical", "row"))
+    assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])
