@@ -125,7 +125,7 @@ def estimate_noise(fit: LawFit) -> Noise:
     runs = fit.runs
     basis, r = tangent(fit)
     trunks, member = np.unique(runs.group, return_inverse=True)
-    z = (member[:, None] == np.arange(len(trunks))).astype(np.float64)
+    count = np.bincount(member)
     free = max(1, len(runs) - basis.shape[1])
     total = float(r @ r)
     trunk_var, branch_var = 0.0, total / free
@@ -134,11 +134,14 @@ def estimate_noise(fit: LawFit) -> Noise:
     source = "residuals (each run is its own trunk)"
     if len(trunks) < len(runs):
         # Residuals inside trunks, parameters projected out, see e alone; the rest of the sum of squares sees u too.
-        left, singular, _ = np.linalg.svd(np.column_stack([z, basis]), full_matrices=False)
-        both = left[:, singular > 1e-10 * singular[0]]
-        free_within = len(runs) - both.shape[1]
-        within_ss = float(np.sum((r - both @ (both.T @ r)) ** 2))
-        weight_u = float(len(runs) - np.sum((z.T @ basis) ** 2))  # trace of z' M z
+        sums = np.stack([np.bincount(member, column, len(trunks)) for column in (*basis.T, r)])  # [p + 1, q]
+        inside = np.column_stack([basis, r]) - (sums / count)[:, member].T
+        left, singular, _ = np.linalg.svd(inside[:, :-1], full_matrices=False)
+        moved = left[:, singular > 1e-10 * np.sqrt(count.max())]
+        rest = inside[:, -1]
+        free_within = len(runs) - len(trunks) - moved.shape[1]
+        within_ss = float(np.sum((rest - moved @ (moved.T @ rest)) ** 2))
+        weight_u = float(len(runs) - np.sum(sums[:-1] ** 2))  # trace of z' M z for trunks' indicators z
         freedom = max(0, len(trunks) - int(fit.form.free[:3].sum()))
         per_trunk = len(runs) / len(trunks)
         source = "variance components of the residuals (no seed is repeated)"
