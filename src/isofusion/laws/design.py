@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from isofusion.laws.covariance import LEAST_NOISE, RunCovariance, log_likelihoods, smooth
 from isofusion.laws.forms import Form, Params, Scale
 from isofusion.laws.objective import Problem, jacobian
 from isofusion.laws.table import Array, Labels, Runs
@@ -32,9 +33,9 @@ MEMBERS = 16
 BOUNDS = (1e-4, 1e4)  # of exponents; only the penalty of the prior holds them here
 PRIOR_MEAN = np.array([-0.35, -1.6, np.log(0.35), -1.6, np.log(0.35)])  # of phi, coefficients relative to the loss
 PRIOR_SPREAD = np.array([0.5, 1.0, 0.5, 1.0, 0.5])
-REACH = np.log(10.0)  # the misfit's correlation length: one decade of N or of D
 Gradient = Callable[[Array], Array]
 Index = npt.NDArray[np.int64]
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Belief:
     with_goal: Array  # [M, 5, t] covariance of b with the misfit of the targets
     slope: Array  # [M, 5, p]
     at_goal: Array  # [M, 5, t]
-    between: Array  # [p, p] covariance of r
+    between: RunCovariance  # [p, p] of r
     to_goal: Array  # [M or 1, p, t] covariance of r with the misfit of the targets
     goal_variance: float  # of the misfit of the targets
     weight: float  # of a run in the fit
@@ -196,26 +197,26 @@ class Belief:
         """Expected error (root mean square, relative) over targets and members."""
         return float(np.sqrt(np.mean(self.variances())))
 
-    def gains(self) -> Array:
-        """By how much a run at each row is expected to reduce the squared target error, [M, p]; may be < 0."""
-        return self._change(1.0)
+    def gains(self, rows: slice = ALL) -> Array:
+        """By how much a run at each of the rows is expected to reduce the squared target error, [M, p]; may be < 0."""
+        return self._change(1.0, rows)
 
-    def losses(self) -> Array:
+    def losses(self, rows: slice = ALL) -> Array:
         """By how much the squared target error is expected to grow without each row, [M, p], if it was learnt."""
-        return -self._change(-1.0)
+        return -self._change(-1.0, rows)
 
-    def _change(self, sign: float) -> Array:
+    def _change(self, sign: float, rows: slice) -> Array:
         """Fall of the squared target error if a run at each row enters (1) or leaves (-1) the fit: Sherman-Morrison."""
         inverse = np.linalg.inv(self.info)
         aim = self.at_goal * self.weights  # [M, 5, t]
         square = np.matmul(aim, np.swapaxes(self.at_goal, 1, 2))  # sum_t J_t J_t'
         cross = np.matmul(aim, np.swapaxes(self.with_goal, 1, 2))
-        slope, cov = self.slope, self.with_run
+        slope, cov = self.slope[:, :, rows], self.with_run[:, :, rows]
         u = np.matmul(inverse, slope)  # [M, 5, p], as everything below that is not summed over axis 1
         h = np.sum(slope * u, axis=1)
         squared = np.matmul(square, u)
         v = np.matmul(inverse, squared)
-        own = np.diagonal(self.between)
+        own = self.between.diagonal[rows]
         w = sign * self.weight
         shrink = w / (1.0 + w * h)
         size = np.sum(u * squared, axis=1)  # u' square u
@@ -224,13 +225,14 @@ class Belief:
         moved += (w * w * own * h)[:, None] * slope  # moment after the run, times u
         quadratic = w * w * own * size + 2.0 * w * cov_v
         quadratic += shrink * (shrink * size * np.sum(u * moved, axis=1) - 2.0 * np.sum(v * moved, axis=1))
-        reach = np.sum(np.matmul(aim, np.swapaxes(self.to_goal, 1, 2)) * u, axis=1)
+        reach = np.sum(np.matmul(aim, np.swapaxes(self.to_goal[:, rows], 1, 2)) * u, axis=1)
         linear = w * reach * (1.0 - shrink * h) - shrink * np.sum(u * np.matmul(cross, u), axis=1)
         return 2.0 * linear - quadratic
 
-    def information(self) -> Array:
+    def information(self, rows: slice = ALL) -> Array:
         """Gain in log determinant of the fit's information (D-optimality), [M, p]."""
-        return np.log1p(self.weight * np.sum(self.slope * np.linalg.solve(self.info, self.slope), axis=1))
+        slope = self.slope[:, :, rows]
+        return np.log1p(self.weight * np.sum(slope * np.linalg.solve(self.info, slope), axis=1))
 
     def learn(self, row: int) -> None:
         """Go on as if a run at this row were done and fitted."""
@@ -247,8 +249,9 @@ class Belief:
         both = np.matmul(self.with_run[:, :, rows], turned)
         self.info += w * np.matmul(slope, turned)
         self.moment += w * (both + np.swapaxes(both, 1, 2))
-        self.moment += w * w * np.matmul(np.matmul(slope, self.between[np.ix_(rows, rows)]), turned)
-        self.with_run += w * np.matmul(slope, self.between[rows])
+        moved = self.between.times(slope, rows)
+        self.moment += w * w * np.matmul(moved[:, :, rows], turned)
+        self.with_run += w * moved
         self.with_goal += w * np.matmul(slope, self.to_goal[:, rows])
 
 
@@ -272,8 +275,7 @@ def believe(
     runs = Points.join(candidates, done)
     x, y = np.log(runs.n), np.log(runs.d)
     slope = slopes(phi, runs.n, runs.d, scale)
-    between = spread.trunk**2 * (runs.trunk[:, None] == runs.trunk[None]) + (spread.branch**2 + 1e-12) * np.eye(len(x))
-    between += spread.misfit**2 * smooth(x, y, x, y)
+    between = RunCovariance.of(runs.n, runs.d, runs.trunk, (spread.trunk, spread.branch, spread.misfit))
     if gradient is None:
         n_t, d_t = (np.broadcast_to(v, (count, v.shape[-1])) for v in target)
         at_goal = np.concatenate([slopes(phi[m : m + 1], n_t[m], d_t[m], scale) for m in range(count)])
@@ -292,17 +294,11 @@ def believe(
         between,
         to_goal if to_goal.ndim == 3 else to_goal[None],
         spread.misfit**2 if gradient is None else 0.0,
-        1.0 / (spread.run**2 + spread.misfit**2 + 1e-12),
+        1.0 / (spread.run**2 + spread.misfit**2 + LEAST_NOISE),
         weights,
     )
     belief._enter(np.arange(len(candidates), len(runs)), 1.0)
     return belief
-
-
-def smooth(x: Array, y: Array, to_x: Array, to_y: Array) -> Array:
-    """Correlation of the misfit between log N = x, log D = y [k] and to_x, to_y [..., l]: [..., k, l]."""
-    apart = (x[:, None] - to_x[..., None, :]) ** 2 + (y[:, None] - to_y[..., None, :]) ** 2
-    return np.exp(-0.5 * apart / REACH**2)
 
 
 def calibrate(runs: Points, log_loss: Array, scale: Scale, spread: Spread, *, noise_known: bool = False) -> Spread:
@@ -319,21 +315,12 @@ def calibrate(runs: Points, log_loss: Array, scale: Scale, spread: Spread, *, no
     slope = slopes(best[None], runs.n, runs.d, scale)[0]
     mean, deviation = prior(float(np.mean(log_loss)), scale)
     rest = log_loss - np.log(to_params(best, scale).predict(runs.n, runs.d)) - (mean - best) @ slope
-    wide = (slope.T * deviation**2) @ slope
-    x, y = np.log(runs.n), np.log(runs.d)
-    kernel = smooth(x, y, x, y)
-    same = (runs.trunk[:, None] == runs.trunk[None]).astype(np.float64)
+    where = RunCovariance.of(runs.n, runs.d, runs.trunk, (spread.trunk, spread.branch, spread.misfit))
     a, b = (
         v.ravel()
         for v in np.meshgrid([1.0] if noise_known else 2.0 ** np.arange(-3.0, 4.0), 2.0 ** np.arange(-6.0, 4.0))
     )
-    log_weight = np.empty(len(a))
-    for i in range(len(a)):  # one at a time: each is the square of the runs
-        cov = wide + (a[i] * spread.trunk) ** 2 * same + (b[i] * spread.misfit) ** 2 * kernel
-        cov[np.diag_indices_from(cov)] += (a[i] * spread.branch) ** 2 + 1e-12
-        root = np.linalg.cholesky(cov)
-        z = np.linalg.solve(root, rest)
-        log_weight[i] = -0.5 * np.sum(z * z) - np.log(np.diagonal(root)).sum()
+    log_weight = log_likelihoods(rest, slope.T * deviation, where, a, b)
     log_weight -= 0.5 * (np.log2(a) ** 2 + np.maximum(0.0, np.log2(b)) ** 2)
     weight = np.exp(log_weight - log_weight.max())
     noise, misfit = (float(np.exp(np.average(np.log(v), weights=weight))) for v in (a, b))

@@ -23,7 +23,8 @@ from isofusion.errors import InputError
 from isofusion.laws.candidates import Candidates, Prices, Target, place
 from isofusion.laws.design import MEMBERS, Belief, Points, Spread, believe, calibrate, members, scale_of
 from isofusion.laws.forms import Scale
-from isofusion.laws.table import Array, Runs, clusters
+from isofusion.laws.greedy import FREE, exchange, greedy, leave_out
+from isofusion.laws.table import Array, Runs
 
 Strategy = Literal["suggest", "random", "cheapest", "d-optimal", "v-optimal"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -35,13 +36,7 @@ SHARE = 0.2  # of the remaining budget that `suggest` spends before it plans ane
 PILOT_SHARE = 0.03  # and before it has as many runs as a pilot: little, since nothing is known yet
 ALONE = Spread(0.0, 0.003, 0.008)  # guesses before any run; `calibrate` moves them by factors
 GROUPED = Spread(0.002, 0.001, 0.008)
-KEPT_RUNS, KEPT_LEVELS = 8, 4  # runs, and sizes and token budgets, that the fit keeps whatever leaves it
-LEAST_OUT = 1e-3  # relative fall of the squared error that leaving a run out must bring
 WORTH_SAYING = 0.05  # and of the error that leaving them all out must bring before a user is told
-SWEEPS = 3  # of exchanges over a plan
-MOST_RUNS = 3000  # done runs; time and memory grow with their square (3,000: half a minute, 0.6 GB)
-LEAST = 1e-4  # relative fall of the squared error that an exchange must bring
-FREE = 1e-9  # relative tolerance on the budget
 
 
 @dataclass(frozen=True)
@@ -120,103 +115,6 @@ class Situation:
         )
 
 
-def greedy(
-    belief: Belief,
-    prices: Prices,
-    budget: float,
-    free: np.ndarray,
-    power: float,
-    *,
-    most: int | None = None,
-    by: Literal["target", "information"] = "target",
-    wanted: float = 0.0,
-    least: float = 0.0,
-) -> tuple[list[int], Belief, str]:
-    """One candidate after the other by gain / cost^power: (picks, belief after them, why it stopped)."""
-    belief, prices, free = belief.copy(), prices.copy(), free.copy()
-    picks: list[int] = []
-    left = whole = budget
-    while True:
-        if most is not None and len(picks) >= most:
-            return picks, belief, f"{most} runs chosen"
-        if wanted > 0 and belief.spread() <= wanted:
-            return picks, belief, f"expected error at or below {100 * wanted:.3g} %"
-        price = prices.now()
-        can = free & (price <= left + FREE * whole)
-        if not can.any():
-            return picks, belief, "no candidate is left that the rest of the budget pays for"
-        gain = (belief.gains() if by == "target" else belief.information()).mean(axis=0)[: len(free)]
-        # a squared error that falls by the share g falls by g / 2 itself
-        share = gain / max(float(belief.variances().mean()), 1e-300) / 2.0
-        worth = can & (gain > 0)
-        if by == "target":
-            worth &= share >= least * price / (0.01 * whole)
-        if not worth.any():
-            return picks, belief, "no further run is expected to help enough for its cost"
-        pick = int(np.argmax(np.where(worth, gain / price**power, -np.inf)))
-        belief.learn(pick)
-        free[pick] = False
-        left -= prices.take(pick)
-        picks.append(pick)
-
-
-def leave_out(belief: Belief, done: Points) -> list[int]:
-    """Done runs that the fit is better without: their misfit bends it more than their number steadies it.
-
-    One after the other while the expected squared error falls; enough stay for a fit. They are forgotten in `belief`
-    (whose last rows they are). Returns their indices in `done`, ascending.
-    """
-    first = belief.slope.shape[2] - len(done)
-    sizes, budgets = clusters(done.n), clusters(done.d)
-    kept = np.arange(len(done))
-    while len(kept) > KEPT_RUNS:
-        loss = belief.losses().mean(axis=0)[first:]
-        i = int(kept[np.argmin(loss[kept])])
-        rest = kept[kept != i]
-        if loss[i] > -LEAST_OUT * float(belief.variances().mean()):
-            break
-        if min(len(np.unique(sizes[rest])), len(np.unique(budgets[rest]))) < KEPT_LEVELS:
-            break
-        belief.forget(first + i)
-        kept = rest
-    return sorted(set(range(len(done))) - set(kept.tolist()))
-
-
-def exchange(
-    belief: Belief, prices: Prices, budget: float, free: np.ndarray, picks: list[int], *, sweeps: int = SWEEPS
-) -> tuple[list[int], Belief]:
-    """Better plans by swaps (Fedorov 1972): each run leaves for whatever the money then buys best, or for nothing.
-
-    Greedy choices are made one at a time; runs that were worth their price early may not be once others are there. The
-    plan stays within the budget and never gets worse nor longer. Returns (picks, belief after them).
-    """
-    belief, picks = belief.copy(), list(picks)
-    for _ in range(sweeps):
-        changed = False
-        loss = belief.losses().mean(axis=0)
-        for i in sorted(picks, key=loss.__getitem__):
-            before = float(belief.variances().mean())
-            rest = [j for j in picks if j != i]
-            belief.forget(i)
-            now = prices.after(rest)
-            can = free & (now.now() <= budget - prices.total(rest) + FREE * budget)
-            can[rest] = False
-            gain = np.where(can, belief.gains().mean(axis=0)[: len(free)], -np.inf)
-            j = int(np.argmax(gain))
-            after = float(belief.variances().mean()) - max(0.0, float(gain[j]))
-            if after >= before * (1.0 - LEAST):
-                belief.learn(i)
-                continue
-            changed = True
-            picks = rest
-            if gain[j] > 0:
-                belief.learn(j)
-                picks.append(j)
-        if not changed:
-            break
-    return picks, belief
-
-
 def choose(
     strategy: Strategy,
     state: Situation,
@@ -228,10 +126,14 @@ def choose(
     wanted: float = 0.0,
     least: float = 0.0,
     seed: int = 0,
+    belief: Belief | None = None,
 ) -> tuple[list[int], str]:
-    """Candidates (indices into the pool, `free` ones) to run next, in order, and why there are not more."""
+    """Candidates (indices into the pool, `free` ones) to run next, in order, and why there are not more.
+
+    belief: `state.belief(seed=seed)`, where it is known already; it stays as it is.
+    """
     if strategy == "suggest":
-        belief = state.belief(seed=seed)
+        belief = belief or state.belief(seed=seed)
         powers = POWERS if most is None else (*POWERS, 0.0)  # where runs are counted, cost may not matter
         plans = [greedy(belief, prices, budget, free, q, most=most, wanted=wanted, least=least) for q in powers]
         reached = [p for p in plans if wanted > 0 and p[1].spread() <= wanted]
@@ -296,15 +198,7 @@ def guess(runs: Runs | None, candidates: Candidates, noise: float | None) -> Spr
 
 
 def situation(runs: Runs | None, candidates: Candidates, target: Target, *, noise: float | None = None) -> Situation:
-    """Everything the strategies look at; the noise and misfit are calibrated on the done runs.
-
-    Raises InputError for more than MOST_RUNS of them.
-    """
-    if runs is not None and len(runs) > MOST_RUNS:
-        raise InputError(
-            f"{runs.label or 'runs'}: {len(runs):,} runs, and at most {MOST_RUNS:,} can be weighed against each other; "
-            f"give the mean loss of the seeds of each N and D, or the runs nearest the target"
-        )
+    """Everything the strategies look at; the noise and misfit are calibrated on the done runs."""
     done, pool = place(runs, candidates)
     log_loss = np.zeros(0) if runs is None else np.log(runs.loss)
     scale = scale_of(done, pool)
@@ -329,7 +223,8 @@ def suggest(
 
     most: at most so many runs. wanted: stop when the expected relative error of the target is this low. least: stop
     when 1 % of the budget would buy a smaller relative reduction of that error. noise: relative spread of equal runs,
-    if known. Raises InputError for a budget below the cheapest candidate, and settings out of range.
+    if known. The order of the done runs changes nothing. Raises InputError for a budget below the cheapest candidate,
+    and settings out of range.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy {strategy!r}: choose {', '.join(STRATEGIES)}")
@@ -340,6 +235,9 @@ def suggest(
     for name, value in (("wanted", wanted), ("least", least)):
         if not (np.isfinite(value) and 0 <= value < 1):
             raise InputError(f"{name} = {value}: give a relative error between 0 and 1, e.g. 0.005 for 0.5 %")
+    rows = np.zeros(0, dtype=np.int64)
+    if runs is not None:
+        runs, rows = runs.canonical()
     state = situation(runs, candidates, target, noise=noise)
     prices = Prices.of(candidates.cost, state.pool, state.done, candidates.shared)
     cheapest = int(np.argmin(prices.now()))
@@ -349,10 +247,11 @@ def suggest(
             f"({candidates.name[cheapest]}) costs {prices.now()[cheapest]:.3g}"
         )
     free = np.ones(len(candidates), dtype=bool)
-    order, why = choose(strategy, state, prices, budget, free, most=most, wanted=wanted, least=least, seed=seed)
     belief = state.belief(seed=seed)
+    limits: dict[str, Any] = {"most": most, "wanted": wanted, "least": least}
+    order, why = choose(strategy, state, prices, budget, free, **limits, seed=seed, belief=belief)
     fitted = belief.copy()
-    out = tuple(leave_out(fitted, state.done))
+    out = tuple(sorted(int(rows[i]) for i in leave_out(fitted, state.done)))
     before = last = belief.spread()
     if fitted.spread() > (1.0 - WORTH_SAYING) * before:
         out, fitted = (), belief.copy()
