@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from isofusion.cli import main as cli
+from isofusion.cli.plan import _curve
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -156,6 +157,22 @@ def test_tables_are_read_with_the_options_of_fit(capsys: pytest.CaptureFixture[s
     two.write_text("\n".join([body[0], *(f"{x},a" for x in body[1:]), *(f"{x},b" for x in body[3:])]) + "\n")
     chosen = plan(capsys, "--runs", str(two), *asked, "--where", "arm=a")
     assert (chosen["note"], chosen["answer"]) == ("--where arm=a: 20 of 38 rows", whole["answer"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "span", "shown"),
+    [
+        (0.23, [0.2, 0.26], "+23 % (+20 % to +26 %)"),
+        (20.0, [5.0, None], "x 21 (+500 % to out of reach)"),
+        (None, [30.0, None], "out of reach (x 31 to out of reach)"),
+        (None, [None, None], "out of reach"),
+        (0.23, [None, None], "+23 % (no bound to out of reach)"),
+    ],
+)
+def test_what_is_out_of_reach_is_said_once(extra: float | None, span: list[float | None], shown: str) -> None:
+    row = {"factor": 0.125, "n": 1e9, "d": 1e10, "tokens_per_parameter": 10.0, "loss": 2.1, "above": 0.1}
+    (line,) = _curve([row | {"extra": extra, "extra_interval": span}])[2:]
+    assert line.endswith(f"  {shown}")
 
 
 def test_intervals_may_rest_on_resampled_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import typer
 from isofusion.cli.columns import TableOptions, reads_table
 
 DEFAULT_MFU = 0.4
+NEVER = "out of reach"  # of a loss, at any number of tokens
 ASKED = ("n", "d", "loss")  # roles whose own options are questions here; --columns names their columns
 ROLES = (*ASKED, "c", "group", "size", "seed")
 
@@ -262,7 +263,7 @@ def _curve(curve: list[dict[str, Any]]) -> list[str]:
     rows: list[tuple[str, ...]] = [head]
     for row in curve:
         extra, name = row["extra"], f"{row['factor']:g} x"
-        cost = "out of reach" if extra is None else "+0 %" if row["factor"] == 1 else _percent(extra)
+        cost = NEVER if extra is None else "+0 %" if row["factor"] == 1 else _percent(extra)
         cells = (
             f"{row['n']:.3g}",
             name,
@@ -272,8 +273,8 @@ def _curve(curve: list[dict[str, Any]]) -> list[str]:
         above, more = row.get("above_interval"), row.get("extra_interval")
         if above and row["factor"] != 1 and all(v is not None for v in above):
             lost = (lost[0], f"{lost[1]} ({above[0]:.4f} to {above[1]:.4f})")
-        if more and row["factor"] != 1:
-            ends = [_percent(v) if v is not None else "no bound" for v in more]
+        if more and row["factor"] != 1 and (extra is not None or more[0] is not None):
+            ends = [_percent(v) if v is not None else none for v, none in zip(more, ("no bound", NEVER), strict=True)]
             cost += f" ({ends[0]} to {ends[1]})"
         rows.append((*cells, *lost, cost))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
