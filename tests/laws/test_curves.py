@@ -223,6 +223,8 @@ def test_runs_of_a_folder_are_chosen_by_what_they_logged(tmp_path: Path) -> None
     runs, notes = read_runs(tmp_path, where=["arm=1"])
     assert runs.loss.tolist() == [2.0, 2.0]
     assert "--where arm=1: 2 of 3 runs" in notes
+    with pytest.raises(InputError, match=r"--arm, --domain choose from a study's results\.csv, and this is a folder"):
+        read_runs(tmp_path, arm="1", domain="text")
     with pytest.raises(InputError, match=r"no row has arm=2; 'arm' holds 1\.0 \(2\), 0\.0 \(1\)"):
         read_runs(tmp_path, where=["arm=2"])
 

@@ -121,6 +121,11 @@ def read(source: Any, how: How) -> tuple[Runs, dict[str, Array], list[str]]:
         if path.is_dir() and (path / "results.csv").is_file():
             source = path / "results.csv"
         elif any(path.rglob(events.PATTERN)) if path.is_dir() else path.is_file() and "tfevents" in path.name:
+            if how.of_study:
+                raise InputError(
+                    f"{path}: {', '.join(how.of_study)} choose from a study's results.csv, and this is a folder of "
+                    "logs; choose its runs with --where COLUMN=VALUE"
+                )
             return _collect(_events(path, how), str(path), how)
         elif path.is_dir():
             raise InputError(
