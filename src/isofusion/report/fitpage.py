@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,19 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from altair.utils.schemapi import debug_mode
 
 from isofusion.laws.analysis import Analysis, Refused
-from isofusion.laws.holdout import Beside, HoldOut
 from isofusion.laws.isoflop import IsoFlops
-from isofusion.laws.profile import Profile
 from isofusion.laws.rollout import Rollout
-from isofusion.laws.sensitivity import Choice, Sensitivity
+from isofusion.laws.sensitivity import Sensitivity
 from isofusion.report import render
 from isofusion.report.css import CSS
-from isofusion.report.fitfigures import CLOUD, FIGURES, residual_reach
-from isofusion.report.fittables import answers, capital, choices, every_run, law, method, pretty, short, tests
+from isofusion.report.fitcaptions import CAPTIONS
+from isofusion.report.fitfigures import FIGURES
+from isofusion.report.fittables import answers, capital, choices, every_run, law, method, pretty, tests
 from isofusion.report.panels import Grid
 from isofusion.report.style import NARROW, WIDE, WRAPPED, themed
 from isofusion.report.tables import raised
@@ -184,152 +181,4 @@ def _with(row: dict[str, Any], key: str, how: Callable[[float], str]) -> str:
     return f"{how(row[key])} {interval(span, how=how)}" if span else how(row[key])
 
 
-def loss_caption(a: Analysis) -> str:
-    """What the first figure shows."""
-    r = np.abs(a.fit.residuals)
-    text = (
-        f"Points: runs, darker is larger. Blue lines: the law along a selection of sizes; it misses the typical run by "
-        f"{percent(float(np.median(r)), 2)} of its loss and the worst by {percent(float(r.max()))}. "
-        "Orange: the loss of the best size at each compute, with its interval"
-    )
-    text += ", beyond the last runs extrapolated. " if a.compute > 1.001 * a.runs.c.max() else ". "
-    return text + "Dashed: k·C^c through the lower envelope of the runs, which needs no law of N and D."
-
-
-def optimal_caption(a: Analysis) -> str:
-    """Allocation in numbers."""
-    p = a.fit.params
-    share = float(p.beta / (p.alpha + p.beta))
-    grows = "faster than" if share > 0.5 else "slower than"
-    text = (
-        "Line and band: the law's best size with its interval; grey: the runs; black: the answers above. "
-        f"N* grows as C^{fixed(share, 2)}, {grows} tokens: ten times the compute buys {10**share:.2g}× the parameters "
-        f"and {10 ** (1 - share):.2g}× the tokens"
-    )
-    return text + ("." if a.cost.kind == "6nd" else " (closed form for 6ND; the line uses the FLOPs of the runs).")
-
-
-def choices_caption(a: Analysis) -> str:
-    """The verdict on the choices."""
-    s = a.sensitivity
-    assert isinstance(s, Sensitivity)
-    gone = sum(1 for r in s.rows if not r.counts and math.isfinite(r.n))
-    low, high = (pick(s.counted, key=lambda r: r.n) for pick in (min, max))
-    ends = (
-        f"N* runs from {si(low.n)} ({_named(low)}; {low.tokens_per_parameter:.3g} tokens per parameter) to "
-        f"{si(high.n)} ({_named(high)}; {high.tokens_per_parameter:.3g})"
-    )
-    verdict = f"{s.spread:.1f}×: undetermined" if s.undetermined else f"within {s.spread:.2f}×"
-    text = f"The same runs fitted again with one choice changed at a time. {ends}, {verdict}."
-    return text + (f" {gone} fit so much worse that the runs rule them out; far ones are not drawn." if gone else "")
-
-
-def _named(row: Choice) -> str:
-    name = "as fitted" if row.group == "default" else row.change if row.group == "law" else f"{row.group}: {row.change}"
-    return pretty(name)
-
-
-def _of(found: Beside, runs: int) -> str:
-    return "" if found.runs == runs else f" (of the {found.runs} runs it predicts)"
-
-
-def holdout_caption(a: Analysis) -> str:
-    """Error of the law against that of the baselines."""
-    r = a.rollouts["n"]
-    if isinstance(r, Rollout):
-        rates = "" if r.hit_rate is None else f"; {percent(r.hit_rate, 0)} of them fall in their 95 % interval (bars)"
-        others = [
-            f"{name} {percent(e, 2)}{_of(r.beside(k), len(r.observed))}"
-            for k, name in (
-                ("carry_over", "the next smaller size carried over"),
-                ("power_law", "k·C^c"),
-                ("nearest", "the nearest run"),
-            )
-            if math.isfinite(e := r.error(k, reducible=False))
-        ]
-        return (
-            f"Each of the last {len(r.steps)} sizes predicted from everything smaller. Mean error over "
-            f"{len(r.observed)} runs {percent(r.error(reducible=False), 2)} of the loss{rates}. "
-            f"Baselines: {', '.join(others)}. A law earns its keep where it beats all three."
-        )
-    assert isinstance(a.held, HoldOut)
-    error = percent(a.held.error(a.held.predicted, False), 2)
-    return f"The largest size predicted from the others: mean error {error} of the loss."
-
-
-def isoflop_caption(a: Analysis) -> str:
-    """Minima per budget and the parabola's bias."""
-    found = a.isoflops
-    assert isinstance(found, IsoFlops)
-    good = sum(b.bracketed for b in found.budgets)
-    line = found.power["parabola"]
-    text = (
-        f"Lines: the law at each budget; orange diamonds: its minima. {good} of {len(found.budgets)} budgets "
-        "bracket their best size"
-    )
-    if line is not None:
-        span = f" {interval(line.interval)}" if line.interval else ""
-        own = fixed(float(a.fit.beta / (a.fit.alpha + a.fit.beta)), 2)
-        text += f"; parabolas through them give N* ∝ C^{fixed(line.a, 2)}{span}, the law {own}"
-    return f"{text}. {capital(found.bias_sentence)}."
-
-
-def residuals_caption(a: Analysis) -> str:
-    """Trends and outliers in the residuals."""
-    r = a.fit.residuals
-    parts = []
-    for name, values in (("N", a.runs.n), ("D", a.runs.d)):
-        x, y = np.argsort(np.argsort(values)), np.argsort(np.argsort(r))
-        parts.append(f"{fixed(float(np.corrcoef(x, y)[0, 1]), 2, sign=True)} with {name}")
-    band = 2 * 1.4826 * float(np.median(np.abs(r)))
-    out, relative = int(np.sum(np.abs(r) > band)), np.abs(np.expm1(r))
-    beyond = bool(np.any(relative > residual_reach(relative)))
-    return (
-        f"Band: twice the typical residual, ±{percent(band)}; {out} of {len(r)} runs lie outside it (5 % would if "
-        f"residuals were normal). Rank correlation of the residuals: {' and '.join(parts)}. A trend or a bend here is "
-        f"structure the law does not describe.{' Orange crosses lie beyond the axis.' if beyond else ''}"
-    )
-
-
-def profiles_caption(a: Analysis) -> str:
-    """Where profiles close, and where they do not."""
-    parts, flat = [], []
-    for name, p in a.profiles.items():
-        if not isinstance(p, Profile):
-            continue
-        how = si if name == "N*" else short
-        shown = {"alpha": "α", "beta": "β"}.get(name, name)
-        ends = [how(v) if v is not None else "no end" for v in (p.low, p.high)]
-        parts.append(f"{shown} {how(p.estimate)} [{ends[0]}, {ends[1]}]")
-        if p.low is None or p.high is None:
-            flat.append(shown)
-    text = (
-        "Each quantity held at a value, everything else fitted again. At the dashed line the objective has risen by "
-        f"what a 95 % interval takes (1 on this axis; calibrated on simulated studies). {'; '.join(parts)}. "
-    )
-    return text + (f"No end for {', '.join(flat)}: the runs cannot bound it on that side." if flat else "")
-
-
-def cloud_caption(a: Analysis) -> str:
-    """Correlation of the draws."""
-    assert a.intervals is not None
-    draws = a.intervals.draws
-    corr = float(np.corrcoef(draws.alpha, draws.beta)[0, 1])
-    return (
-        f"{len(draws)} bootstrap draws ({a.intervals.note}), {min(CLOUD, len(draws))} of them drawn; orange: the fit. "
-        f"α and β correlate by {fixed(corr, 2, sign=True)}. Then best size and tokens at {power(a.compute)} FLOPs; a "
-        "draw with more parameters has fewer tokens, since both spend the same compute."
-    )
-
-
-CAPTIONS: dict[str, tuple[str, Callable[[Analysis], str]]] = {
-    "loss-against-flops": ("Loss against compute", loss_caption),
-    "compute-optimal": ("Compute-optimal size and data", optimal_caption),
-    "choices": ("How far the answer moves with choices", choices_caption),
-    "hold-out": ("Does it predict runs it has not seen?", holdout_caption),
-    "isoflop": ("At equal compute", isoflop_caption),
-    "residuals": ("Residuals", residuals_caption),
-    "profiles": ("How well each quantity is pinned down", profiles_caption),
-    "cloud": ("Bootstrap draws", cloud_caption),
-}
 TABLES: dict[str, Callable[[Analysis], str]] = {"choices": choices, "hold-out": tests}
