@@ -98,6 +98,85 @@ def test_specifications_are_valid(full: Analysis) -> None:
             chart.to_dict(validate=True)
 
 
+def wild(loss: float = 1.0, n: float | None = None) -> Analysis:
+    """Twenty runs of a known law, one of them with a loss so many times too high, or another N."""
+    runs = grid(5, 4)
+    row = np.arange(len(runs)) == 7
+    return analyse(Runs.of(np.where(row, n or runs.n, runs.n), runs.d, np.where(row, loss, 1.0) * runs.loss), draws=40)
+
+
+def axes(chart: Any) -> dict[str, list[tuple[float, float]]]:
+    """Ends of every axis of a figure, by x and y."""
+    found: dict[str, list[tuple[float, float]]] = {"x": [], "y": []}
+
+    def look(part: Any) -> None:
+        if isinstance(part, list):
+            for item in part:
+                look(item)
+        elif isinstance(part, dict):
+            for name, ends in found.items():
+                domain = part.get("encoding", {}).get(name, {}).get("scale", {}).get("domain")
+                if domain:
+                    ends.append((domain[0], domain[1]))
+            for item in part.values():
+                look(item)
+
+    look(chart.to_dict(validate=False))
+    return found
+
+
+@pytest.mark.parametrize("kind", [{"loss": 3e5}, {"n": 1.0}])
+def test_one_wild_run_does_not_squash_the_others(kind: dict[str, float]) -> None:
+    a = wild(**kind)
+    ordinary = np.arange(len(a.runs)) != 7
+    losses, sizes = a.runs.loss[ordinary], a.runs.n[ordinary]
+    found = axes(FIGURES["loss-against-flops"](a, WIDE))
+    for low, high in found["y"]:
+        assert high < 1.5 * losses.max()
+        assert low < losses.min()
+    for low, _ in found["x"]:
+        assert low > 0.5 * a.runs.c[ordinary].min()
+    for low, high in axes(FIGURES["residuals"](a, WIDE))["y"]:
+        assert high - low < 300  # per cent of the loss
+    for low, _ in axes(FIGURES["residuals"](a, WIDE))["x"][:1]:
+        assert low > 0.5 * sizes.min()
+    for low, high in axes(FIGURES["choices"](a, WIDE))["x"]:
+        assert high / low < 2e6
+    told = fitpage.CAPTIONS["loss-against-flops"][1](a)
+    assert "One run lies too far from the others to be drawn: loss" in told
+
+
+def test_ordinary_runs_are_all_drawn(full: Analysis) -> None:
+    for name in ("loss-against-flops", "compute-optimal", "residuals", "hold-out", "isoflop"):
+        told = fitpage.CAPTIONS[name][1](full)
+        assert "too far" not in told
+        assert "Outside the axes" not in told
+
+
+def test_a_figure_that_fails_is_a_sentence_on_the_page(full: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> str:
+        raise ZeroDivisionError("no <width> left\nsecond line")
+
+    monkeypatch.setitem(FIGURES, "residuals", broken)
+    monkeypatch.setitem(fitpage.TABLES, "hold-out", broken)
+    monkeypatch.setitem(fitpage.CAPTIONS, "profiles", ("Profiles", broken))
+    text = fitpage.page(full, fitpage.draw(full))
+    for what in ("figure", "table", "caption"):
+        assert f"This {what} could not be drawn up: no " in text
+    assert "&lt;width&gt; left (ZeroDivisionError)" in text
+    assert 'id="cloud"' in text
+
+
+def test_a_drawing_that_fails_is_a_sentence_too(full: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(spec: Any) -> str:
+        raise ValueError("no font")
+
+    monkeypatch.setattr(fitpage.render, "svg", broken)
+    drawn = fitpage.draw(full)
+    assert set(drawn) == set(FIGURES)
+    assert all("no font (ValueError)" in d.html("x") for d in drawn.values())
+
+
 def test_labels_keep_their_decimals() -> None:
     drawing = '<svg width="10" height="5"><path d="M1.23456,2"/><text>0.0001</text></svg>'
     shown = fitpage.render.inline(drawing, "x")

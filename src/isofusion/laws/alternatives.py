@@ -50,7 +50,8 @@ class Alternative:
         """Loss in nats/token at n parameters and d tokens, which broadcast."""
         t_a = self.p * (self.log_a - self.alpha * np.log(np.asarray(n, dtype=np.float64)))
         t_b = self.p * (self.log_b - self.beta * np.log(np.asarray(d, dtype=np.float64)))
-        return self.E + np.exp(np.logaddexp(t_a, t_b) / self.p)
+        with np.errstate(invalid="ignore"):  # NaN where a law has no best size
+            return self.E + np.exp(np.logaddexp(t_a, t_b) / self.p)
 
     def optimum(self, cost: Cost, c: Array, runs: Runs) -> tuple[Array, Array, Array]:
         """Compute-optimal (N, D, loss) at c [c] by search over N; NaN where the search range ends first."""

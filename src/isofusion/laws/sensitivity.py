@@ -197,6 +197,8 @@ class _Table:
         c = self.compute * np.array([0.99, 1.0, 1.01])
         best = compute_optimal(self.fit, c, cost=cost or self.cost, params=both)
         residual = np.log(self.runs.loss) - np.log(both.predict(self.runs.n, self.runs.d))
+        with np.errstate(over="ignore", divide="ignore"):  # an optimum that is no size a model can have
+            ratio = best.d / best.n
         for i, name in enumerate(changes):
             n, d = (np.where(best.edge[i], np.nan, v[i]) for v in (best.n, best.d))
             misfit = float(np.mean(np.abs(residual[i])))
@@ -211,7 +213,7 @@ class _Table:
                     float(np.log(n[2] / n[0]) / np.log(c[2] / c[0])),
                     float(n[1]),
                     float(d[1]),
-                    float(d[1] / n[1]),
+                    float(np.where(best.edge[i, 1], np.nan, ratio[i, 1])),
                     float(best.loss[i, 1]),
                     misfit,
                     not out,

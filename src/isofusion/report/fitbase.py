@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from isofusion.laws.table import clusters
+from isofusion.laws.table import Runs, clusters
 from isofusion.report import style
 from isofusion.report.figures import Chart, rows_of
 from isofusion.report.style import Layout
@@ -20,6 +20,9 @@ SHADES = ["#9ecae1", "#4292c6", "#2171b5", "#08519c", "#08224f"]
 NAMED = 5  # sizes or budgets that a legend names one by one; of more it shows round values
 POINTS = 700  # runs drawn at most
 SHOWN = 3.0  # powers of ten of an estimate within which draws set a log axis; those further off are cut
+FENCE = 3.0  # interquartile ranges beyond the quartiles: Tukey's outer fence ("Exploratory Data Analysis", 1977)
+PLACE, LOSS = 1.5, 0.5  # powers of ten beyond the quartiles of N, D or C, and of losses, that are never wild
+RARE = 10  # more wild values than one in so many are not wild
 
 
 def chart(rows: list[dict[str, Any]]) -> Chart:
@@ -29,6 +32,34 @@ def chart(rows: list[dict[str, Any]]) -> Chart:
 def some(count: int, most: int) -> list[int]:
     """Evenly spread indices, ends included."""
     return sorted({round(float(i)) for i in np.linspace(0, count - 1, min(count, most))})
+
+
+def ordinary(values: Any, least: float) -> np.ndarray:
+    """bool[k]: which positive values may set a log axis, so that one wild value does not squash the others.
+
+    Wild are those beyond FENCE interquartile ranges, and `least` powers of ten, outside the quartiles; none is if that
+    would be more than one in RARE (of few values: more than one).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    usable = np.isfinite(values) & (values > 0)
+    if not usable.any():
+        return usable
+    log = np.full(len(values), np.nan)
+    log[usable] = np.log10(values[usable])
+    low, high = np.quantile(log[usable], [0.25, 0.75])
+    reach = max(FENCE * float(high - low), least)
+    inside = usable & (log >= low - reach) & (log <= high + reach)
+    return inside if (usable & ~inside).sum() <= max(1, len(values) // RARE) else usable
+
+
+def placed(runs: Runs) -> np.ndarray:
+    """bool[m]: runs whose N, D and C may set an axis."""
+    return np.logical_and.reduce([ordinary(v, PLACE) for v in (runs.n, runs.d, runs.c)])
+
+
+def drawable(runs: Runs) -> np.ndarray:
+    """bool[m]: runs that are drawn; the others are named in a caption."""
+    return placed(runs) & ordinary(runs.loss, LOSS)
 
 
 def same(encoding: Any) -> dict[str, Any]:

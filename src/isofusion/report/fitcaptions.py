@@ -13,21 +13,52 @@ from isofusion.laws.isoflop import IsoFlops
 from isofusion.laws.profile import Profile
 from isofusion.laws.rollout import Rollout
 from isofusion.laws.sensitivity import Choice, Sensitivity
-from isofusion.report.fitfigures_tests import CLOUD, residual_reach
+from isofusion.laws.table import Runs
+from isofusion.report.fitbase import drawable, placed
+from isofusion.report.fitfigures import choices_reach, isoflop_drawn
+from isofusion.report.fitfigures_tests import (
+    CLOUD,
+    errors_drawn,
+    predictions,
+    predictions_drawn,
+    residual_reach,
+    step_errors,
+)  # fmt: skip
 from isofusion.report.fittables import capital, pretty, short
 from isofusion.report.words import fixed, interval, percent, power, si
 
 
+def left_out(runs: Runs, mask: np.ndarray) -> str:
+    """Says which runs lie too far from the others to be drawn, the first by its numbers; nothing where none does."""
+    out = np.flatnonzero(~mask)
+    if not len(out):
+        return ""
+    i = out[0]
+    first = f"loss {short(float(runs.loss[i]))} at N = {si(runs.n[i])}, D = {si(runs.d[i])}"
+    if len(out) == 1:
+        return f" One run lies too far from the others to be drawn: {first}."
+    return f" {len(out)} runs lie too far from the others to be drawn, one of them with {first}."
+
+
+def _outside(mask: np.ndarray, what: str) -> str:
+    count = int((~mask).sum())
+    return f" Outside the axes: {count} {what}." if count else ""
+
+
 def loss_caption(a: Analysis) -> str:
     """What the first figure shows."""
-    r = np.abs(a.fit.residuals)
+    r = np.abs(np.expm1(a.fit.residuals))
     text = (
         f"Points: runs, darker is larger. Blue lines: the law along a selection of sizes; it misses the typical run by "
         f"{percent(float(np.median(r)), 2)} of its loss and the worst by {percent(float(r.max()))}. "
         "Orange: the loss of the best size at each compute, with its interval"
     )
     text += ", beyond the last runs extrapolated. " if a.compute > 1.001 * a.runs.c.max() else ". "
-    return text + "Dashed: k·C^c through the lower envelope of the runs, which needs no law of N and D."
+    return (
+        text
+        + "Dashed: k·C^c through the lower envelope of the runs, which needs no law of N and D."
+        + (left_out(a.runs, drawable(a.runs)))
+    )
 
 
 def optimal_caption(a: Analysis) -> str:
@@ -40,7 +71,8 @@ def optimal_caption(a: Analysis) -> str:
         f"N* grows as C^{fixed(share, 2)}, {grows} tokens: ten times the compute buys {10**share:.2g}× the parameters "
         f"and {10 ** (1 - share):.2g}× the tokens"
     )
-    return text + ("." if a.cost.kind == "6nd" else " (closed form for 6ND; the line uses the FLOPs of the runs).")
+    text += "." if a.cost.kind == "6nd" else " (closed form for 6ND; the line uses the FLOPs of the runs)."
+    return text + left_out(a.runs, drawable(a.runs))
 
 
 def choices_caption(a: Analysis) -> str:
@@ -48,6 +80,8 @@ def choices_caption(a: Analysis) -> str:
     s = a.sensitivity
     assert isinstance(s, Sensitivity)
     gone = sum(1 for r in s.rows if not r.counts and math.isfinite(r.n))
+    axis = choices_reach(s)
+    far = any(not axis[0] <= r.n <= axis[1] for r in s.shown() if math.isfinite(r.n))
     low, high = (pick(s.counted, key=lambda r: r.n) for pick in (min, max))
     ends = (
         f"N* runs from {si(low.n)} ({_named(low)}; {low.tokens_per_parameter:.3g} tokens per parameter) to "
@@ -55,7 +89,8 @@ def choices_caption(a: Analysis) -> str:
     )
     verdict = f"{s.spread:.1f}×: undetermined" if s.undetermined else f"within {s.spread:.2f}×"
     text = f"The same runs fitted again with one choice changed at a time. {ends}, {verdict}."
-    return text + (f" {gone} fit so much worse that the runs rule them out; far ones are not drawn." if gone else "")
+    text += f" {gone} fit so much worse that the runs rule them out." if gone else ""
+    return text + (" Crosses at the edge lie beyond the axis." if far else "")
 
 
 def _named(row: Choice) -> str:
@@ -85,10 +120,13 @@ def holdout_caption(a: Analysis) -> str:
             f"Each of the last {len(r.steps)} sizes predicted from everything smaller. Mean error over "
             f"{len(r.observed)} runs {percent(r.error(reducible=False), 2)} of the loss{rates}. "
             f"Baselines: {', '.join(others)}. A law earns its keep where it beats all three."
+            + _outside(predictions_drawn(predictions(a)), "of the held-out runs")
+            + _outside(errors_drawn(step_errors(a)), "of the errors of single steps")
         )
     assert isinstance(a.held, HoldOut)
     error = percent(a.held.error(a.held.predicted, False), 2)
-    return f"The largest size predicted from the others: mean error {error} of the loss."
+    text = f"The largest size predicted from the others: mean error {error} of the loss."
+    return text + _outside(predictions_drawn(predictions(a)), "of the held-out runs")
 
 
 def isoflop_caption(a: Analysis) -> str:
@@ -105,7 +143,7 @@ def isoflop_caption(a: Analysis) -> str:
         span = f" {interval(line.interval)}" if line.interval else ""
         own = fixed(float(a.fit.beta / (a.fit.alpha + a.fit.beta)), 2)
         text += f"; parabolas through them give N* ∝ C^{fixed(line.a, 2)}{span}, the law {own}"
-    return f"{text}. {capital(found.bias_sentence)}."
+    return f"{text}. {capital(found.bias_sentence)}.{_outside(isoflop_drawn(found), 'of the runs')}"
 
 
 def residuals_caption(a: Analysis) -> str:
@@ -122,7 +160,7 @@ def residuals_caption(a: Analysis) -> str:
         f"Band: twice the typical residual, ±{percent(band)}; {out} of {len(r)} runs lie outside it (5 % would if "
         f"residuals were normal). Rank correlation of the residuals: {' and '.join(parts)}. A trend or a bend here is "
         f"structure the law does not describe.{' Orange crosses lie beyond the axis.' if beyond else ''}"
-    )
+    ) + left_out(a.runs, placed(a.runs))
 
 
 def profiles_caption(a: Analysis) -> str:

@@ -16,12 +16,28 @@ import numpy as np
 from isofusion.laws.analysis import Analysis
 from isofusion.laws.envelope import envelope
 from isofusion.laws.frontier import compute_optimal
-from isofusion.laws.isoflop import IsoFlops
+from isofusion.laws.isoflop import IsoFlop, IsoFlops
 from isofusion.laws.sensitivity import Sensitivity
 from isofusion.laws.table import clusters
 from isofusion.report import style
 from isofusion.report.figures import Chart
-from isofusion.report.fitbase import BLUE, GREY, ORANGE, POINTS, PURPLE, chart, same, shaded, some, width_of
+from isofusion.report.fitbase import (
+    BLUE,
+    GREY,
+    LOSS,
+    ORANGE,
+    PLACE,
+    POINTS,
+    PURPLE,
+    SHOWN,
+    chart,
+    drawable,
+    ordinary,
+    same,
+    shaded,
+    some,
+    width_of,
+)  # fmt: skip
 from isofusion.report.fitfigures_tests import cloud, hold_out, profiles, residuals
 from isofusion.report.panels import grid, layered
 from isofusion.report.style import Layout
@@ -33,7 +49,7 @@ BUDGETS = 9
 
 def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:
     """Every run; the law along a selection of sizes; the law's compute-optimal loss with its interval; k C^c."""
-    runs, fit = a.runs, a.fit
+    runs, fit = a.runs.select(drawable(a.runs)), a.fit
     _, width = width_of(layout, 1)
     pick = some(len(runs), POINTS)
     points = [{"c": float(runs.c[i]), "loss": float(runs.loss[i]), "shade": float(runs.n[i])} for i in pick]
@@ -71,7 +87,8 @@ def _compute(a: Analysis, n: float, d: np.ndarray) -> np.ndarray:
 
 def _frontier(a: Analysis) -> list[dict[str, float]]:
     """Compute-optimal N, D, D/N and loss from the runs' compute to that asked for, with intervals of the draws."""
-    c = np.geomspace(float(a.runs.c.min()), max(float(a.runs.c.max()), a.compute), 40)
+    seen = a.runs.c[drawable(a.runs)]
+    c = np.geomspace(float(seen.min()), max(float(seen.max()), a.compute), 40)
     best = compute_optimal(a.fit, c, cost=a.cost)
     keep = ~best.edge & np.isfinite(best.n)
     if not keep.any():
@@ -101,7 +118,11 @@ def _hull(a: Analysis) -> list[dict[str, float]]:
         found = envelope(a.runs)
     except InputError:
         return []
-    c = np.geomspace(found.c[0], found.c[-1], 24)
+    seen = a.runs.c[drawable(a.runs)]
+    ends = max(float(found.c[0]), float(seen.min())), min(float(found.c[-1]), float(seen.max()))
+    if not ends[0] < ends[1]:
+        return []
+    c = np.geomspace(*ends, 24)
     return [{"c": float(x), "loss": float(v)} for x, v in zip(c, found.predict(c), strict=True)]
 
 
@@ -111,13 +132,14 @@ def optimal(a: Analysis, layout: Layout) -> Chart | None:
     if not front:
         return None
     columns, width = width_of(layout, 2)
-    pick = some(len(a.runs), POINTS)
+    shown = a.runs.select(drawable(a.runs))
+    pick = some(len(shown), POINTS)
     panels = []
     for field, title, seen in (
-        ("n", "compute-optimal N, parameters", a.runs.n),
-        ("ratio", "tokens per parameter, D*/N*", a.runs.d / a.runs.n),
+        ("n", "compute-optimal N, parameters", shown.n),
+        ("ratio", "tokens per parameter, D*/N*", shown.d / shown.n),
     ):
-        runs = [{"c": float(a.runs.c[i]), "v": float(seen[i])} for i in pick]
+        runs = [{"c": float(shown.c[i]), "v": float(seen[i])} for i in pick]
         rows: list[dict[str, Any]] = [
             {"c": f["c"], "v": f[field], "lo": f.get(f"{field}_lo"), "hi": f.get(f"{field}_hi")} for f in front
         ]
@@ -142,13 +164,23 @@ def optimal(a: Analysis, layout: Layout) -> Chart | None:
     return grid(panels, columns)
 
 
+def _budgets(found: IsoFlops) -> list[IsoFlop]:
+    return [found.budgets[i] for i in some(len(found.budgets), BUDGETS)]
+
+
+def isoflop_drawn(found: IsoFlops) -> np.ndarray:
+    """bool: which runs of the budgets that are drawn may set an axis, in their order."""
+    n, loss = (np.concatenate([getattr(b, k) for b in _budgets(found)]) for k in ("n", "loss"))
+    return ordinary(n, PLACE) & ordinary(loss, LOSS)
+
+
 def isoflop(a: Analysis, layout: Layout) -> Chart | None:
     """Loss against N at equal compute: runs, the law's curve, its minimum and the parabola's; then N* against C."""
     found = a.isoflops
     if not isinstance(found, IsoFlops):
         return None
     columns, width = width_of(layout, 2)
-    budgets = [found.budgets[i] for i in some(len(found.budgets), BUDGETS)]
+    budgets = _budgets(found)
     points: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     minima: list[dict[str, Any]] = []
@@ -160,6 +192,8 @@ def isoflop(a: Analysis, layout: Layout) -> Chart | None:
         at = b.best["law"]
         if math.isfinite(at) and n[0] <= at <= n[-1]:
             minima.append({"n": at, "loss": float(a.fit.predict(at, a.cost.tokens(b.c, at))), "shade": b.c})
+    keep = isoflop_drawn(found)
+    points = [p for p, ok in zip(points, keep, strict=True) if ok]
     x = alt.X("n:Q", **style.log_axis([p["n"] for p in points], "parameters", pad=0.04))
     y = alt.Y("loss:Q", **style.log_axis([p["loss"] for p in points], "loss (nats/token)", plain=True))
     shade = shaded([b.c for b in budgets], "FLOPs", layout)
@@ -211,9 +245,13 @@ def choices(a: Analysis, layout: Layout) -> Chart | None:
     label = 250 if layout.name == "wide" else 150
     width = layout.width - label - 40
     kinds = {"default": style.INK, "counted": BLUE, "ruled out": GREY}
+    low, high = choices_reach(s)
     counted = [r.n for r in s.counted]
-    core = [min(counted), max(counted)]
-    seen = [r["n"] for r in rows if core[0] / 30 < r["n"] < core[1] * 30]
+    core = [max(low, min(counted)), min(high, max(counted))]
+    for row in rows:
+        row["far"] = not low <= row["n"] <= high
+        row["n"] = min(max(row["n"], low), high)
+    seen = [r["n"] for r in rows]
     x = alt.X("n:Q", **style.log_axis(seen, f"N*, parameters, at {power(s.compute)} FLOPs"))
     y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=label, grid=True))
     span = chart([{"lo": core[0], "hi": core[1]}]).mark_rect(opacity=0.13, color=ORANGE if s.undetermined else BLUE)
@@ -223,9 +261,17 @@ def choices(a: Analysis, layout: Layout) -> Chart | None:
         scale=alt.Scale(domain=list(kinds), range=list(kinds.values())),
         legend=alt.Legend(orient="top", title=None, columns=3),
     )
-    rows = [r for r in rows if r["n"] in seen]
-    layers.append(chart(rows).mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=colour))
+    shapes = alt.Scale(domain=[False, True], range=["circle", "cross"])
+    dots = chart(rows).mark_point(filled=True, size=60, opacity=1)
+    layers.append(dots.encode(x=x, y=y, color=colour, shape=alt.Shape("far:N", scale=shapes, legend=None)))
     return layered(*layers, width=width, height=18 * len(order))
+
+
+def choices_reach(s: Sensitivity) -> tuple[float, float]:
+    """Lowest and highest N* on the axis of choices: a little beyond the range of the counted ones, and within SHOWN
+    powers of ten of the fit's own; those further out are drawn as crosses at its ends."""
+    counted, own = [r.n for r in s.counted], s.rows[0].n
+    return max(min(counted) / 30, own / 10**SHOWN), min(max(counted) * 30, own * 10**SHOWN)
 
 
 def _kind(group: str, counts: bool) -> str:

@@ -16,26 +16,38 @@ from isofusion.laws.profile import Profile
 from isofusion.laws.rollout import Rollout
 from isofusion.report import style
 from isofusion.report.figures import Chart
-from isofusion.report.fitbase import BLUE, GREY, ORANGE, POINTS, PURPLE, SHOWN, chart, same, shaded, some, width_of
+from isofusion.report.fitbase import (
+    BLUE,
+    GREY,
+    LOSS,
+    ORANGE,
+    POINTS,
+    PURPLE,
+    SHOWN,
+    chart,
+    ordinary,
+    placed,
+    same,
+    shaded,
+    some,
+    width_of,
+)  # fmt: skip
 from isofusion.report.panels import grid, layered
 from isofusion.report.style import Layout
 
 CLOUD = 300  # bootstrap draws drawn
 NAMES = {"alpha": "α", "beta": "β", "E": "E, nats/token", "N*": "N*, parameters"}
-MARKS = {"carry_over": "carry over", "power_law": "k·C^c", "nearest": "nearest run"}
+MARKS = {"carry_over": "carry over", "power_law": "k·Cᶜ", "nearest": "nearest run"}
 
 
 def hold_out(a: Analysis, layout: Layout) -> Chart | None:
     """Predicted against observed for held-out runs with intervals; error of each step of the rollout over N."""
     columns, width = width_of(layout, 2)
-    tests = [t.steps for t in (a.rollouts["n"],) if isinstance(t, Rollout)]
-    steps: list[HoldOut] = [*(tests[0] if tests else ([a.held] if isinstance(a.held, HoldOut) else []))]
-    if not steps:
+    rows = predictions(a)
+    if not rows:
         return None
-    rows: list[dict[str, Any]] = []
-    for s in steps:
-        for r in s.table():
-            rows.append({"o": r["observed"], "p": r["predicted"], "lo": r["low"], "hi": r["high"], "shade": r["n"]})
+    keep = predictions_drawn(rows)
+    rows = [r for r, ok in zip(rows, keep, strict=True) if ok] or rows
     values = [r["o"] for r in rows] + [r["p"] for r in rows]
     reach = [min(values) / 1.03, max(values) * 1.03]
     x = alt.X("o:Q", **style.log_axis(reach, "observed loss (nats/token)", pad=0.0, plain=True))
@@ -52,11 +64,27 @@ def hold_out(a: Analysis, layout: Layout) -> Chart | None:
     return grid([*panels, right] if right else panels, columns)
 
 
-def _steps(a: Analysis, width: int) -> Chart | None:
-    """Mean error of each step of the rollout over N by the law and the baselines."""
+def predictions(a: Analysis) -> list[dict[str, Any]]:
+    """Every held-out run of the rollout over N, else of the largest size: observed o, predicted p, interval, size."""
+    test = a.rollouts["n"]
+    steps = test.steps if isinstance(test, Rollout) else (a.held,) if isinstance(a.held, HoldOut) else ()
+    return [
+        {"o": r["observed"], "p": r["predicted"], "lo": r["low"], "hi": r["high"], "shade": r["n"]}
+        for s in steps
+        for r in s.table()
+    ]
+
+
+def predictions_drawn(rows: list[dict[str, Any]]) -> np.ndarray:
+    """bool: which held-out runs may set the axes."""
+    return ordinary([r["o"] for r in rows], LOSS) & ordinary([r["p"] for r in rows], LOSS)
+
+
+def step_errors(a: Analysis) -> list[dict[str, Any]]:
+    """Mean error e (per cent of the loss) of each step of the rollout over N, by the law and the baselines."""
     found = a.rollouts["n"]
     if not isinstance(found, Rollout) or len(found.steps) < 2:
-        return None
+        return []
     rows: list[dict[str, Any]] = []
     for s in found.steps:
         n = float(np.exp(np.log(s.held.n).mean()))
@@ -65,22 +93,40 @@ def _steps(a: Analysis, width: int) -> Chart | None:
             error = s.error(s.baselines[key], False)
             if math.isfinite(error):
                 rows.append({"n": n, "e": 100 * error, "kind": name})
+    return rows
+
+
+def errors_drawn(rows: list[dict[str, Any]]) -> np.ndarray:
+    """bool: which of them may set the axis; an error of nothing always may."""
+    e = np.array([r["e"] for r in rows])
+    return ordinary(e, 1.0) | (e == 0)
+
+
+def _steps(a: Analysis, width: int) -> Chart | None:
+    rows = step_errors(a)
+    if not rows:
+        return None
+    seen = [r["e"] for r, ok in zip(rows, errors_drawn(rows), strict=True) if ok]
     kinds = ["law", *MARKS.values()]
     x = alt.X("n:Q", **style.log_axis([r["n"] for r in rows], "held-out size, parameters", pad=0.08))
-    y = alt.Y("e:Q", **style.linear_axis([r["e"] for r in rows], "mean error, % of the loss", zero=True))
+    y = alt.Y("e:Q", **style.linear_axis(seen, "mean error, % of the loss", zero=True))
     scale = alt.Scale(domain=kinds, range=[BLUE, ORANGE, GREY, PURPLE])
     shapes = alt.Scale(domain=kinds, range=["circle", "square", "triangle-up", "diamond"])
     legend = alt.Legend(orient="top", title=None, columns=4 if width > 330 else 2)
     colour = alt.Color("kind:N", scale=scale, legend=legend)
     shape = alt.Shape("kind:N", scale=shapes, legend=legend)
-    line = chart(rows).mark_line(strokeWidth=1.3).encode(x=x, y=y, color=colour)
-    dots = chart(rows).mark_point(filled=True, size=46, opacity=1).encode(x=x, y=y, color=colour, shape=shape)
+    line = chart(rows).mark_line(strokeWidth=1.3, clip=True).encode(x=x, y=y, color=colour)
+    dots = (
+        chart(rows).mark_point(filled=True, size=46, opacity=1, clip=True).encode(x=x, y=y, color=colour, shape=shape)
+    )
     return layered(line, dots, width=width, height=270, title="each next size, from all below it")
 
 
 def residual_reach(r: Any) -> float:
-    """Where the axis of residuals ends; those beyond are drawn as crosses at its edge."""
-    return max(6.0 * 1.4826 * float(np.median(np.abs(r))), float(np.quantile(np.abs(r), 0.95)) * 1.3, 1e-8)
+    """Where the axis of residuals ends; those beyond are drawn as crosses at its edge. No single run moves it."""
+    return max(
+        6.0 * 1.4826 * float(np.median(np.abs(r))), float(np.quantile(np.abs(r), 0.95, method="lower")) * 1.3, 1e-8
+    )
 
 
 def residuals(a: Analysis, layout: Layout) -> Chart | None:
@@ -89,7 +135,8 @@ def residuals(a: Analysis, layout: Layout) -> Chart | None:
     r = 100.0 * np.expm1(a.fit.residuals)
     band = 2.0 * 1.4826 * float(np.median(np.abs(r)))
     shown = residual_reach(r)
-    pick = some(len(r), POINTS)
+    inside = placed(a.runs)
+    pick = np.flatnonzero(inside)[some(int(inside.sum()), POINTS)]
     panels = []
     for seen, title in ((a.runs.n, "against parameters N"), (a.runs.d, "against tokens D")):
         rows: list[dict[str, Any]] = [
@@ -100,7 +147,7 @@ def residuals(a: Analysis, layout: Layout) -> Chart | None:
             }
             for i in pick
         ]
-        x = alt.X("x:Q", **style.log_axis(seen, title.split("against ")[1], pad=0.04))
+        x = alt.X("x:Q", **style.log_axis(seen[inside], title.split("against ")[1], pad=0.04))
         y = alt.Y("r:Q", **style.linear_axis([-shown, shown], "residual, % of the loss"))
         ends = [{"lo": -band, "hi": band}]
         layers = [chart(ends).mark_rect(opacity=0.12, color=BLUE).encode(y=alt.Y("lo:Q", **same(y)), y2=alt.Y2("hi"))]

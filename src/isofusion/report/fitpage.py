@@ -35,22 +35,29 @@ def write_page(a: Analysis, path: str | Path) -> Path:
     path = Path(path)
     text = page(a, draw(a))
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
     return path
 
 
 @dataclass(frozen=True)
 class Drawing:
     """The SVGs of one figure: its panels, which the page sets side by side or below one another; or, where there is
-    only one, a wide and a narrow drawing of it. Drawing each panel once is a third of the time of the page."""
+    only one, a wide and a narrow drawing of it; or why it failed. Drawing each panel once is a third of the time of the
+    page."""
 
     panels: tuple[str, ...] = ()
     wide: str = ""
     narrow: str = ""
+    failed: str = ""
 
     def html(self, label: str) -> str:
         """As it stands in the page's figure element."""
+        if self.failed:
+            return f"<p>{html.escape(self.failed)}</p>"
         if not self.panels:
             wide, narrow = render.inline(self.wide, label), render.inline(self.narrow, label)
             return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
@@ -60,20 +67,53 @@ class Drawing:
 
 def draw(a: Analysis) -> dict[str, Drawing]:
     """Every figure these runs support, by name. A thread draws while the next specification is made."""
-    found: dict[str, tuple[bool, list[Future[str]]]] = {}  # whether these are panels, and the drawings
+    found: dict[str, tuple[bool, list[Future[str]]]] = {}
+    out: dict[str, Drawing] = {}
     with ThreadPoolExecutor(1) as pool, debug_mode(False):  # validating every mark takes longer than drawing; tests do
-        for name, make in FIGURES.items():
-            wide = make(a, WRAPPED)
-            if isinstance(wide, Grid) and len(wide.panels) > 1:
-                found[name] = True, [pool.submit(render.svg, themed(panel, WRAPPED)) for panel in wide.panels]
-            elif wide is not None and (narrow := make(a, NARROW)) is not None:
-                both = themed(make(a, WIDE), WIDE), themed(narrow, NARROW)
-                found[name] = False, [pool.submit(render.svg, spec) for spec in both]
-    out = {}
+        for name in FIGURES:
+            try:
+                if started := _start(a, name, pool):
+                    found[name] = started
+            except Exception as error:  # whatever one figure stumbles over, the page keeps the others
+                out[name] = Drawing(failed=_unable("figure", error))
     for name, (panels, futures) in found.items():
-        drawn = [future.result() for future in futures]
-        out[name] = Drawing(tuple(drawn)) if panels else Drawing((), *drawn)
+        try:
+            drawn = [future.result() for future in futures]
+            out[name] = Drawing(tuple(drawn)) if panels else Drawing((), *drawn)
+        except Exception as error:
+            out[name] = Drawing(failed=_unable("figure", error))
     return out
+
+
+def _start(a: Analysis, name: str, pool: ThreadPoolExecutor) -> tuple[bool, list[Future[str]]] | None:
+    """(Whether the drawings are panels, the drawings to come) of one figure; None where there is nothing to draw."""
+    make = FIGURES[name]
+    wide = make(a, WRAPPED)
+    if isinstance(wide, Grid) and len(wide.panels) > 1:
+        return True, [pool.submit(render.svg, themed(panel, WRAPPED)) for panel in wide.panels]
+    if wide is None or (narrow := make(a, NARROW)) is None:
+        return None
+    return False, [pool.submit(render.svg, spec) for spec in (themed(make(a, WIDE), WIDE), themed(narrow, NARROW))]
+
+
+def _unable(what: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0][:300]
+    name = type(error).__name__
+    return f"This {what} could not be drawn up: {reason} ({name}). The rest of the page does not rest on it."
+
+
+def _caption(a: Analysis, caption: Callable[[Analysis], str]) -> str:
+    try:
+        return raised(html.escape(pretty(caption(a))))
+    except Exception as error:
+        return html.escape(_unable("caption", error))
+
+
+def _table(a: Analysis, name: str) -> str:
+    try:
+        return TABLES[name](a) if name in TABLES else ""
+    except Exception as error:
+        return f"<p>{html.escape(_unable('table', error))}</p>"
 
 
 def page(a: Analysis, drawn: dict[str, Drawing]) -> str:
@@ -107,9 +147,9 @@ def page(a: Analysis, drawn: dict[str, Drawing]) -> str:
         number += 1
         parts.append(
             f'<h2 id="{name}">{esc(heading)}</h2><figure>{drawn[name].html(esc(heading, quote=True))}'
-            f"<figcaption><b>Figure {number}.</b> {raised(esc(pretty(caption(a))))}</figcaption></figure>"
+            f"<figcaption><b>Figure {number}.</b> {_caption(a, caption)}</figcaption></figure>"
         )
-        parts.append(TABLES[name](a) if name in TABLES else "")
+        parts.append(_table(a, name))
     parts += [method(a), every_run(a)]
     parts.append(f"<footer>Made by isofusion. Runs and options: sha256 {a.digest}.</footer></main></body></html>")
     return "\n".join(part for part in parts if part) + "\n"

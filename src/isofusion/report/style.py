@@ -129,9 +129,12 @@ def log_domain(values: Iterable[float], pad: float = 0.05) -> tuple[float, float
 
 
 def log_axis(values: Iterable[float], title: str, pad: float = 0.05, plain: bool = False) -> dict[str, Any]:
-    """Keyword arguments of a log x or y encoding: scale, axis and title, ticks labelled 10^x (or as plain numbers)."""
+    """Keyword arguments of a log x or y encoding: scale, axis and title, ticks labelled 10^x.
+
+    plain: labelled as numbers instead, where none has more than five digits.
+    """
     low, high = log_domain(values, pad)
-    label = "format(datum.value, '~g')" if plain else _power_label()
+    label = "format(datum.value, '~g')" if plain and low >= 1e-3 and high <= 1e5 else _power_label()
     axis = alt.Axis(values=log_ticks(low, high), labelExpr=label, labelFlush=False, labelOverlap=True)
     return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
 
