@@ -14,6 +14,7 @@ from isofusion.cli.main import main
 from isofusion.laws.holdout import carry_over
 from isofusion.laws.rollout import rollout
 from isofusion.laws.table import Runs
+from isofusion.report.words import percent
 
 SIZES, TOKENS = (3e7, 7.5e7, 1.8e8, 4.2e8, 1e9), (1e9, 4e9, 12e9, 36e9)
 
@@ -85,6 +86,29 @@ def test_a_baseline_stands_beside_the_law_on_its_own_runs(tmp_path: Path, capsys
     assert ", 1 run)" in fit(capsys, tmp_path / "runs.csv")
     step = json.loads(fit(capsys, tmp_path / "runs.csv", "--json"))["hold_out"]
     assert step["beside_baselines"]["carry_over"]["runs"] == 1
+
+
+def test_a_law_that_a_baseline_beats_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One N of 1 bends the law; the next smaller size's loss then says more than the law does."""
+    path = table(tmp_path)
+    assert "without the law" not in fit(capsys, path)
+    lines = path.read_text().splitlines()
+    lines[8] = "1," + lines[8].partition(",")[2]
+    path.write_text("\n".join(lines) + "\n")
+    page = tmp_path / "fit.html"
+    warned = " ".join(fit(capsys, path, "--report", page).partition("The law: L =")[0].split())
+    found = json.loads(fit(capsys, path, "--json"))
+    step = found["rollout"]["n"]["baselines"]["carry_over"]
+    assert step["runs"] == 11
+    errors = (
+        f"carry over is off by {100 * step['mae_reducible']:.2g} %, the law by {100 * step['law_mae_reducible']:.2g} %"
+    )
+    said = f"each next size, {errors} on the same 11 runs"
+    assert "warning holdout-worse: held-out runs are predicted better without the law: largest size, " in warned
+    assert said in warned
+    assert found["warnings"][0]["code"] == "holdout-worse"
+    assert said in page.read_text()
+    assert f"carried over {percent(step['mae_loss'], 2)} (law " in page.read_text()
 
 
 def test_a_twin_is_no_smaller_size() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.report import evidence, render, text, words
+from isofusion.report import advice, evidence, render, tables_evidence, text, words
 from isofusion.report.analysis import analyse
 from isofusion.report.figures import NAMES
 from isofusion.report.page import DRAW, build_report
@@ -351,3 +352,25 @@ def test_a_repeated_seed_of_the_held_out_size_is_averaged(built: Any) -> None:
         error, carry = (words.percent(mean[k]) for k in ("mae_reducible", "carry_over"))
         assert f"{arm} {NAMES[domain]} {error} (next size carried over {carry}" in said
     assert a["holdout"]["early"]["caption"]["seeds_averaged"]
+
+
+def test_a_baseline_of_some_held_out_runs_stands_beside_the_law_on_these(built: Any) -> None:
+    _, a, _ = built
+    a = copy.deepcopy(a)
+    held = a["holdout"]["early"]["caption"]
+    runs = held["runs"]
+    held |= {"error_reducible": 0.2, "beats_carry": False}
+    held["beside"]["carry_over"] = {"runs": runs - 1, "mae_reducible": 0.011, "law_mae_reducible": 0.034}
+    held["seeds_averaged"] |= {"cells": 4, "carried_cells": 3, "carry_over": 0.0123, "law_on_carried": 0.0456}
+    table = tables_evidence.after("predicted-against-observed", a)
+    assert f"<td>1.1 % (law 3.4 %, {runs - 1} runs)</td>" in table
+    assert "In brackets" in table
+    assert "(next size carried over 1.2 %, the law on the same 3 4.6 %" in table
+    said = next(w for w in advice.warnings(a) if w["code"] == "holdout-worse")["items"][0]["text"]
+    assert "3.4 %" in said
+    assert "1.1 %" in said
+    assert f"on the {runs - 1} of {runs} runs" in said
+    assert "20.0 %" not in said
+    others = [h for d, h in a["holdout"]["early"].items() if d != "caption" and h.get("ok")]
+    law = (0.034 + sum(h["beside"]["carry_over"]["law_mae_reducible"] for h in others)) / (1 + len(others))
+    assert f"the law on the same runs: {words.percent(law)}" in text.predicted_against_observed(a)

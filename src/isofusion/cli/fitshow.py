@@ -14,12 +14,11 @@ from rich.table import Table
 from isofusion.laws.analysis import Analysis, Refused
 from isofusion.laws.formanalysis import FormAnalysis
 from isofusion.laws.holdout import Beside, HoldOut
-from isofusion.laws.rollout import Rollout
+from isofusion.laws.rollout import BASELINES
 from isofusion.laws.sensitivity import Sensitivity
 
 LOW_HITS = 0.6  # share of held-out runs inside a 95 % interval below which it is surely too narrow
 WIDTH = 110  # of output that no terminal sets
-BASELINES = {"carry_over": "carry over", "power_law": "k C^c", "nearest": "nearest run"}
 Show = Callable[[float], str]
 
 
@@ -157,10 +156,8 @@ def _law(out: Console, result: dict[str, Any]) -> None:
 def _tests(out: Console, a: Analysis) -> None:
     _section(out, "Does it predict runs it has not seen?")
     table = _table("held out", "runs", "law", *BASELINES.values(), "in interval")
-    rows: list[tuple[str, HoldOut | Rollout | Refused]] = [("largest size", a.held)]
-    rows += [(f"each next {what}", a.rollouts[by]) for by, what in (("n", "size"), ("c", "factor 2 in compute"))]
     floor, silent = "", []
-    for name, test in rows:
+    for name, test in a.tests.items():
         if isinstance(test, Refused):
             silent.append(f"[yellow]no hold-out[/] ({name}): {escape(test.reason)}")
             continue
@@ -195,10 +192,8 @@ def _tests(out: Console, a: Analysis) -> None:
 
 
 def _beside(found: Beside, runs: int) -> str:
-    """A baseline's error; where it predicts some of the runs only, the law's on these."""
-    if found.runs in (0, runs):
-        return percent(found.baseline)
-    return f"{percent(found.baseline)}\n[dim](law {percent(found.law)}, {_count(found.runs, 'run')})[/]"
+    error, law = found.cell(runs, percent)
+    return f"{error}\n[dim]({law})[/]" if law else error
 
 
 def _choices(out: Console, choices: Sensitivity | Refused) -> None:

@@ -32,7 +32,7 @@ from isofusion.laws.holdout import HoldOut, hold_out, largest_size
 from isofusion.laws.isoflop import IsoFlops, isoflops
 from isofusion.laws.profile import Profile, Studies, profile
 from isofusion.laws.residuals import pull_warning
-from isofusion.laws.rollout import Rollout, rollout
+from isofusion.laws.rollout import Rollout, beaten, rollout
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
 from isofusion.laws.table import Runs
 from isofusion.laws.warn import FitWarning
@@ -84,10 +84,18 @@ class Analysis:
         """sha256 of the runs, in any order of their rows, and the options: equal digests, equal result."""
         return digest(self.runs, self.options)
 
+    @property
+    def tests(self) -> dict[str, HoldOut | Rollout | Refused]:
+        """The hold-outs by name."""
+        each = {"n": "each next size", "c": "each next factor 2 in compute"}
+        return {"largest size": self.held} | {name: self.rollouts[by] for by, name in each.items()}
+
     def warnings(self) -> list[dict[str, str]]:
-        """Those of the fit, of each answer and of the isoFLOP budgets; each once."""
+        """Whether a baseline beats the law; those of the fit, of each answer and of the isoFLOP budgets; each once."""
+        worse = beaten({name: test for name, test in self.tests.items() if not isinstance(test, Refused)})
+        found = [{"code": "holdout-worse", "message": worse}] if worse else []
         own = (*self.fit.warnings, *([self.pulled] if self.pulled else []))
-        found = [{"code": w.code, "message": w.message} for w in own]
+        found += [{"code": w.code, "message": w.message} for w in own]
         found += [w for row in self.answers for w in row["warnings"]]
         for p in (*self.profiles.values(), self.isoflops):
             if isinstance(p, (Profile, IsoFlops)):

@@ -12,6 +12,7 @@ run, the luck of a seed counts as an error of the law and of every baseline, and
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,26 @@ def accuracy(observed: Array, predicted: Array) -> Accuracy:
 
 @dataclass(frozen=True)
 class Beside:
-    """A baseline and the law on the `runs` that it predicts: mean errors in reducible loss, NaN without any."""
+    """A baseline and the law on the `runs` that it predicts: mean relative errors, NaN without any."""
 
     runs: int
     baseline: float
     law: float
 
+    def cell(self, runs: int, percent: Callable[[float], str]) -> tuple[str, str]:
+        """(The baseline's error, the law's on the same runs: "" where these are all the `runs` held out)."""
+        if self.runs in (0, runs):
+            return percent(self.baseline), ""
+        return percent(self.baseline), f"law {percent(self.law)}, {self.runs} run{'s' * (self.runs > 1)}"
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Beside:
+        """From what `to_dict` made."""
+        errors = (found[k] for k in ("mae_reducible", "law_mae_reducible"))
+        return cls(found["runs"], *(float("nan") if e is None else e for e in errors))
+
     def to_dict(self) -> dict[str, float | int | None]:
+        """Of errors in reducible loss."""
         return {"runs": self.runs, "mae_reducible": _plain(self.baseline), "law_mae_reducible": _plain(self.law)}
 
 
@@ -84,13 +98,15 @@ class HoldOut:
         scale = self.held.loss - self.floor if reducible else self.held.loss
         return float(np.mean(np.abs(predicted - self.held.loss)[ok] / scale[ok])) if ok.any() else float("nan")
 
-    def beside(self, name: str) -> Beside:
+    def beside(self, name: str, reducible: bool = True) -> Beside:
         """The law on the runs that a baseline predicts: what the baseline's own error is to be compared with."""
         ok = np.isfinite(self.baselines[name])
-        return Beside(int(ok.sum()), self.error(self.baselines[name]), self.error(np.where(ok, self.predicted, np.nan)))
+        both = (self.baselines[name], np.where(ok, self.predicted, np.nan))
+        return Beside(int(ok.sum()), *(self.error(predicted, reducible) for predicted in both))
 
     def seeds_averaged(self) -> dict[str, float | int | None] | None:
-        """Errors in reducible loss of the mean loss of each (N, D): the law's, carry-over's. None: nothing repeated."""
+        """Errors in reducible loss of the mean loss of each (N, D): the law's, carry-over's and the law's on the cells
+        that carry-over predicts. None: nothing repeated."""
         size, at = clusters(self.held.n), clusters(self.held.d)
         baseline = self.baselines["carry_over"]
         *_, loss, floor, law, carry = cell_means(size, at, self.held.loss, self.floor, self.predicted, baseline)
@@ -103,6 +119,8 @@ class HoldOut:
             "cells": len(loss),
             "mae_reducible": float(own.mean()),
             "carry_over": float(other[both].mean()) if both.any() else None,
+            "carried_cells": int(both.sum()),
+            "law_on_carried": float(own[both].mean()) if both.any() else None,
             "ratio_to_carry_over": ratio,
         }
 

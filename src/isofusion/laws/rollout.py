@@ -8,6 +8,7 @@ shows whether the law earns its keep as runs come in. Errors, baselines and inte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from isofusion.laws.table import SAME, Array, Runs, clusters
 
 STEPS = 6
 BAND = 2.0  # compute that one step of a rollout over C spans
-BASELINES = ("carry_over", "power_law", "nearest")
+BASELINES = {"carry_over": "carry over", "power_law": "k C^c", "nearest": "nearest run"}  # and how they are printed
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Rollout:
         ok = np.isfinite(other)
         return float(own[ok].mean() / other[ok].mean()) if ok.any() and other[ok].mean() > 0 else None
 
-    def beside(self, name: str) -> Beside:
+    def beside(self, name: str, reducible: bool = True) -> Beside:
         """The law on the runs of all steps that a baseline predicts."""
-        other, own = self.errors(name), self.errors()
+        other, own = self.errors(name, reducible), self.errors(None, reducible)
         ok = np.isfinite(other)
         means = (float(e[ok].mean()) if ok.any() else float("nan") for e in (other, own))
         return Beside(int(ok.sum()), *means)
@@ -175,6 +176,27 @@ def _floor(runs: Runs, oracle: float | Array | None, fit: LawFit | None, options
     except InputError:
         e = float("inf")
     return (np.full(len(runs), e), "fitted E of all runs") if e < runs.loss.min() else (np.zeros(len(runs)), "")
+
+
+def beaten(tests: Mapping[str, HoldOut | Rollout]) -> str:
+    """Where a baseline without a law predicts held-out runs better than the law does, on the same runs; "" if nowhere.
+
+    Of each test (by name) the baseline that is furthest ahead. Errors are of the reducible loss, or of the loss where
+    there is no floor to subtract.
+    """
+    told = []
+    for what, test in tests.items():
+        found = []
+        for key, name in BASELINES.items():
+            pair = test.beside(key)
+            pair = pair if np.isfinite(pair.baseline) else test.beside(key, reducible=False)
+            if pair.law > pair.baseline:
+                found.append((pair.baseline / pair.law, name, pair))
+        if found:
+            _, name, pair = min(found)
+            errors = f"{name} is off by {100 * pair.baseline:.2g} %, the law by {100 * pair.law:.2g} %"
+            told.append(f"{what}, {errors} on the same {pair.runs} run{'s' * (pair.runs > 1)}")
+    return f"held-out runs are predicted better without the law: {'; '.join(told)}" if told else ""
 
 
 def _plain(value: float) -> float | None:

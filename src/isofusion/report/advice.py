@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from isofusion.laws.holdout import Beside
 from isofusion.report.words import fixed, interval, listed, percent, power, si
 
 Analysis = dict[str, Any]
@@ -108,10 +109,14 @@ def warnings(a: Analysis) -> list[dict[str, Any]]:
         for domain, held in by_domain.items():
             where = f"{arm} / {domain}"
             if held.get("ok") and held["beats_carry"] is False:
-                carry = percent(held["carry_error_reducible"])
-                ours = percent(held["error_reducible"])
-                text = f"the hold-out is predicted worse ({ours} of the reducible loss) than by "
-                found.append(("holdout-worse", text + f"carrying over the next size's loss ({carry})", where))
+                pair = Beside.of(held["beside"]["carry_over"])
+                text = (
+                    f"the hold-out is predicted worse ({percent(pair.law)} of the reducible loss) than by "
+                    f"carrying over the next size's loss ({percent(pair.baseline)})"
+                )
+                if pair.runs < held["runs"]:
+                    text += f", on the {pair.runs} of {held['runs']} runs that this predicts"
+                found.append(("holdout-worse", text, where))
             elif not held.get("ok") and a["fits"][arm].get(domain, {}).get("ok"):
                 found.append(("no-holdout", f"no hold-out test: {held.get('reason')}", where))
     for r in a["below_bound"]:

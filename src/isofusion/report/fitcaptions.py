@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from isofusion.laws.analysis import Analysis
-from isofusion.laws.holdout import Beside, HoldOut
+from isofusion.laws.holdout import HoldOut
 from isofusion.laws.isoflop import IsoFlops
 from isofusion.laws.profile import Profile
 from isofusion.laws.rollout import Rollout
@@ -98,8 +98,12 @@ def _named(row: Choice) -> str:
     return pretty(name)
 
 
-def _of(found: Beside, runs: int) -> str:
-    return "" if found.runs == runs else f" (of the {found.runs} runs it predicts)"
+def _baselines(test: HoldOut | Rollout, runs: int) -> str:
+    """Mean errors of the loss without a law; with the law's, where a baseline predicts some of the runs only."""
+    names = {"carry_over": "the next smaller size carried over", "power_law": "k·C^c", "nearest": "the nearest run"}
+    found = {name: test.beside(key, reducible=False) for key, name in names.items()}
+    cells = {name: pair.cell(runs, lambda v: percent(v, 2)) for name, pair in found.items() if pair.runs}
+    return ", ".join(f"{name} {error}" + (f" ({law})" if law else "") for name, (error, law) in cells.items())
 
 
 def holdout_caption(a: Analysis) -> str:
@@ -107,25 +111,17 @@ def holdout_caption(a: Analysis) -> str:
     r = a.rollouts["n"]
     if isinstance(r, Rollout):
         rates = "" if r.hit_rate is None else f"; {percent(r.hit_rate, 0)} of them fall in their 95 % interval (bars)"
-        others = [
-            f"{name} {percent(e, 2)}{_of(r.beside(k), len(r.observed))}"
-            for k, name in (
-                ("carry_over", "the next smaller size carried over"),
-                ("power_law", "k·C^c"),
-                ("nearest", "the nearest run"),
-            )
-            if math.isfinite(e := r.error(k, reducible=False))
-        ]
         return (
             f"Each of the last {len(r.steps)} sizes predicted from everything smaller. Mean error over "
             f"{len(r.observed)} runs {percent(r.error(reducible=False), 2)} of the loss{rates}. "
-            f"Baselines: {', '.join(others)}. A law earns its keep where it beats all three."
+            f"Baselines: {_baselines(r, len(r.observed))}. A law earns its keep where it beats all three."
             + _outside(predictions_drawn(predictions(a)), "of the held-out runs")
             + _outside(errors_drawn(step_errors(a)), "of the errors of single steps")
         )
     assert isinstance(a.held, HoldOut)
     error = percent(a.held.error(a.held.predicted, False), 2)
-    text = f"The largest size predicted from the others: mean error {error} of the loss."
+    text = f"The largest size predicted from the others: mean error {error} of the loss. "
+    text += f"Baselines: {_baselines(a.held, len(a.held.held))}."
     return text + _outside(predictions_drawn(predictions(a)), "of the held-out runs")
 
 

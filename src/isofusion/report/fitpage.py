@@ -17,7 +17,6 @@ from altair.utils.schemapi import debug_mode
 
 from isofusion.laws.analysis import Analysis, Refused
 from isofusion.laws.isoflop import IsoFlops
-from isofusion.laws.rollout import Rollout
 from isofusion.laws.sensitivity import Sensitivity
 from isofusion.report import render
 from isofusion.report.css import CSS
@@ -182,13 +181,6 @@ def headline(a: Analysis) -> list[str]:
 def cannot(a: Analysis) -> list[str]:
     """What a reader must not take from the page: weak tests, refused parts, warnings; the gravest first."""
     rows = []
-    if isinstance(a.rollouts["n"], Rollout):
-        ratio = a.rollouts["n"].ratio("carry_over")
-        if ratio is not None and ratio > 1:
-            rows.append(
-                f"Whether the law is worth having: it predicts the next size {ratio:.2g}× worse than simply taking the "
-                "next smaller size's loss at equal tokens."
-            )
     found = [w for w in a.warnings() if w["code"] != "isoflop-not-bracketed"]
     rows += [capital(w["message"]) + "." for w in found[:7]]
     if len(found) > 7:

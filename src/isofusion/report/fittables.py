@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from isofusion.laws.analysis import Analysis, Refused
-from isofusion.laws.holdout import Beside, HoldOut
+from isofusion.laws.holdout import HoldOut
 from isofusion.laws.profile import Profile
 from isofusion.laws.sensitivity import Sensitivity
-from isofusion.report.tables import Html, folded, table, with_interval
+from isofusion.report.tables import Html, beside, folded, table, with_interval
 from isofusion.report.words import DASH, fixed, interval, percent, power, si
 
 
@@ -89,7 +89,7 @@ def tests(a: Analysis) -> str:
         r2 = fixed(acc["r2"]) if acc["r2"] is not None else DASH
         rows.append(
             [name, str(runs), percent(f["mae_loss"], 2), percent(f["mae_reducible"])]
-            + [_beside(part.beside(k), runs) for k in ("carry_over", "power_law", "nearest")]
+            + [beside(part.beside(k), runs) for k in ("carry_over", "power_law", "nearest")]
             + [percent(f["hit_rate"], 0), f"{acc['mse']:.2g}", r2]
         )
     head = ["held out", "runs", "error", "reducible", "carry over", "k·Cᶜ", "nearest", "in 95 %", "MSE", "R²"]
@@ -99,13 +99,6 @@ def tests(a: Analysis) -> str:
         "these.</p>"
     )
     return table(head, rows) + (note if rows else "") + "".join(missing)
-
-
-def _beside(found: Beside, runs: int) -> str:
-    """A baseline's error; where it predicts some of the runs only, the law's on these."""
-    if found.runs in (0, runs):
-        return percent(found.baseline)
-    return f"{percent(found.baseline)} (law {percent(found.law)}, {found.runs} run{'s' * (found.runs > 1)})"
 
 
 def method(a: Analysis) -> str:

@@ -268,7 +268,6 @@ def holdout(laws: ArmLaws, domain: str, points: list[dict[str, Any]]) -> dict[st
         return {"ok": False, "reason": str(error)}
     found = held.to_dict()
     largest = float(held.held.n.max())
-    carry = found["baselines_reducible"]["carry_over"]
     entry: dict[str, Any] = {
         "ok": True,
         "size": next((p["size"] for p in points if p["n"] == largest), f"{largest:.3g}"),
@@ -277,8 +276,7 @@ def holdout(laws: ArmLaws, domain: str, points: list[dict[str, Any]]) -> dict[st
         "floor": found["reducible_floor"],
         "error_reducible": found["mae_reducible"],
         "error": found["mae_loss"],
-        "carry_error_reducible": carry,
-        "power_law_error_reducible": found["baselines_reducible"]["power_law"],
+        "beside": {k: found["beside_baselines"][k] for k in ("carry_over", "power_law")},
         "ratio_to_carry": found["ratio_to_carry_over"],
         "oracle_e": _with_known_floor(runs),
         "seeds_averaged": found["seeds_averaged"],

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from isofusion.laws.holdout import Beside
 from isofusion.report.figures import NAMES
 from isofusion.report.style import arm_styles
 from isofusion.report.words import DASH, duration, fixed, interval, listed, percent, power, si
@@ -49,6 +50,12 @@ def with_interval(value: str, pair: Any, how: Any) -> Html:
     if not pair or pair[0] is None:
         return Html(esc(value))
     return Html(f'{esc(value)} <span class="iv">{esc(interval(pair, how=how))}</span>')
+
+
+def beside(found: Beside, runs: int) -> str:
+    """A baseline's error; in brackets, where it predicts some of the `runs` only, the law's on these."""
+    error, law = found.cell(runs, percent)
+    return f"{error} ({law})" if law else error
 
 
 def losses(value: float | None, pair: Any) -> Html:

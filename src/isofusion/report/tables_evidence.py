@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from isofusion.laws.holdout import Beside
 from isofusion.report.figures import NAMES
-from isofusion.report.tables import Analysis, arm_cell, esc, folded, gap, losses, table
+from isofusion.report.tables import Analysis, arm_cell, beside, esc, folded, gap, losses, table
 from isofusion.report.words import DASH, fixed, percent, power, si
 
 
@@ -76,8 +77,7 @@ def _holdout(a: Analysis) -> str:
                     h["size"],
                     percent(h["error_reducible"]),
                     *([percent((h["oracle_e"] or {}).get("error_reducible"))] if known else []),
-                    percent(h["carry_error_reducible"]),
-                    percent(h["power_law_error_reducible"]),
+                    *(beside(Beside.of(h["beside"][k]), h["runs"]) for k in ("carry_over", "power_law")),
                     percent(h["error"], 2),
                     "not available" if h.get("no_interval") else percent(h["hit_rate"], 0),
                     {True: "yes", False: "NO", None: DASH}[h["beats_carry"]],
@@ -111,11 +111,18 @@ def _holdout(a: Analysis) -> str:
     ]
     reasons = sorted({h["no_interval"] for h in tests if h.get("no_interval")})
     why = "".join(f"<p>95 % range: {esc(reason)}.</p>" for reason in reasons)
+    if any("(law" in cell for row in rows for cell in row):
+        why += "<p>In brackets, where a baseline predicts some of the held-out runs only: the law on these.</p>"
     why += _averaged(a)
     noise = _noise(a)
     detail = table(["arm", "domain", "D, tokens", "observed", "predicted"], runs, left=(1,))
     more = folded("Held-out runs one by one", detail)
     return f"<h3>Hold-out</h3>{table(head, rows, left=(1, 2))}{why}{more}{noise}"
+
+
+def _carried(mean: dict[str, Any]) -> str:
+    error, some = percent(mean["carry_over"]), mean["carried_cells"] not in (0, mean["cells"])
+    return f"{error}, the law on the same {mean['carried_cells']} {percent(mean['law_on_carried'])}" if some else error
 
 
 def _averaged(a: Analysis) -> str:
@@ -131,7 +138,7 @@ def _averaged(a: Analysis) -> str:
             grow = f"; without N / D term {' / '.join(f'{v:.1f}×' for v in drop)}" if all(drop) else ""
             said.append(
                 f"{esc(arm)} {NAMES[domain]} {percent(mean['mae_reducible'])} "
-                f"(next size carried over {percent(mean['carry_over'])}{grow})"
+                f"(next size carried over {_carried(mean)}{grow})"
             )
     return f"<p>Seeds averaged, error of a size's mean loss at each D: {', '.join(said)}.</p>" if said else ""
 

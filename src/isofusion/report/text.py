@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from isofusion.laws.holdout import Beside
 from isofusion.report.advice import mean_key
 from isofusion.report.figures import NAMES
 from isofusion.report.words import fixed, interval, listed, percent, power, si
@@ -168,13 +169,23 @@ def predicted_against_observed(a: Analysis) -> str:
         good = [h for h in by_domain.values() if h.get("ok")]
         if good:
             ours = sum(h["error_reducible"] for h in good) / len(good)
-            carried = [h["carry_error_reducible"] for h in good if h["carry_error_reducible"] is not None]
-            base = f" (next smaller size carried over: {percent(sum(carried) / len(carried))})" if carried else ""
-            parts.append(f"{arm} {percent(ours)}{base}")
+            parts.append(f"{arm} {percent(ours)}{_carried_over(good)}")
     text = "Open: runs the law was fitted on. Filled: the largest size, held out. On the line the prediction is exact."
     if not parts:
         return text + " No hold-out test was possible with these sizes."
     return f"{text} Mean absolute error of the hold-out, relative to the reducible loss: {'; '.join(parts)}."
+
+
+def _carried_over(tests: list[dict[str, Any]]) -> str:
+    """The baseline's mean error over the domains where it predicts something; the law's there where that is less."""
+    pairs = [(Beside.of(h["beside"]["carry_over"]), h["runs"]) for h in tests if h["beside"]["carry_over"]["runs"]]
+    if not pairs:
+        return ""
+    base, law = (
+        percent(sum(errors) / len(pairs)) for errors in zip(*((p.baseline, p.law) for p, _ in pairs), strict=True)
+    )
+    whole = len(pairs) == len(tests) and all(p.runs == runs for p, runs in pairs)
+    return f" (next smaller size carried over: {base}{'' if whole else f'; the law on the same runs: {law}'})"
 
 
 def loss_by_class(a: Analysis) -> str:
