@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from isofusion.cli.fit import command
+from isofusion.cli.main import main
 from isofusion.errors import InputError
 
 app = typer.Typer()
@@ -102,6 +103,24 @@ def test_wrong_options_are_refused(table: Path, tmp_path: Path) -> None:
         run(table, "--form", "p-norm", "--report", tmp_path / "fit.html")
     with pytest.raises(InputError, match="projection or paper"):
         run(table, "--starts", "nonsense")
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_the_answer_is_out_before_the_page_is_begun(
+    table: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("isofusion.report.fitpage.os.replace", full_disk)
+    page = tmp_path / "fit.html"
+    with pytest.raises(SystemExit) as end:
+        main(["fit", str(table), "--bootstrap", "40", "--report", str(page), *more])
+    said = capsys.readouterr()
+    assert end.value.code == 1
+    assert said.err == f"error: --report {page}: No space left on device; the answer above is whole\n"
+    assert json.loads(said.out)["optimal"] if more else "How it was found" in said.out
+    assert list(tmp_path.iterdir()) == []  # no half page
 
 
 def test_the_page_is_written_without_torch(table: Path, tmp_path: Path) -> None:

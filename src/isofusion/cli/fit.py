@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,8 +67,10 @@ def command(
             from isofusion.cli.fitshow import show
 
             show(result)
-        if report is not None and not as_json:
-            typer.echo(f"\nreport: {report}")
+        if report is not None:
+            _page(result, report)
+            if not as_json:
+                typer.echo(f"\nreport: {report}")
         return
     if report is not None or starts != "projection":
         flag = "--report" if report is not None else "--starts"
@@ -115,7 +118,7 @@ def _default(
     starts: str,
     report: Path | None,
 ) -> Any:
-    """The analysis of the default law; its page is written where one is asked for."""
+    """The analysis of the default law, with what its page needs where one is asked for."""
     from isofusion.errors import InputError
     from isofusion.laws.analysis import analyse
 
@@ -134,11 +137,21 @@ def _default(
     if report is None:
         return analyse(runs, compute, **options)
     with second_process("isofusion.laws.analysis") as pool:
-        from isofusion.report.fitpage import write_page  # imports altair, while the other process imports its part
+        import isofusion.report.fitpage  # noqa: F401  altair, while the other process imports its part
 
-        result = analyse(runs, compute, profiles=True, pool=pool, **options)
-    write_page(result, report)
-    return result
+        return analyse(runs, compute, profiles=True, pool=pool, **options)
+
+
+def _page(result: Any, report: Path) -> None:
+    """Write the page, after the answer has left: what fails here loses nothing."""
+    from isofusion.errors import RunFailure
+    from isofusion.report.fitpage import write_page
+
+    sys.stdout.flush()
+    try:
+        write_page(result, report)
+    except OSError as error:
+        raise RunFailure(f"--report {report}: {error.strerror or error}; the answer above is whole") from error
 
 
 def _with_columns(table: TableOptions, file: Path, pairs: list[str]) -> tuple[Runs, dict[str, Any], list[str]]:

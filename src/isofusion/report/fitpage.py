@@ -108,9 +108,9 @@ def _caption(a: Analysis, caption: Callable[[Analysis], str]) -> str:
         return html.escape(_unable("caption", error))
 
 
-def _table(a: Analysis, name: str) -> str:
+def _table(a: Analysis, make: Callable[[Analysis], str]) -> str:
     try:
-        return TABLES[name](a) if name in TABLES else ""
+        return make(a)
     except Exception as error:
         return f"<p>{html.escape(_unable('table', error))}</p>"
 
@@ -136,8 +136,8 @@ def page(a: Analysis, drawn: dict[str, Drawing]) -> str:
         *(f"<li>{raised(esc(line))}</li>" for line in cannot(a)),
         "</ul></section></div>",
         "<h2>The numbers</h2>",
-        answers(a),
-        law(a),
+        _table(a, answers),
+        _table(a, law),
     ]
     number = 0
     for name, (heading, caption) in CAPTIONS.items():
@@ -148,8 +148,8 @@ def page(a: Analysis, drawn: dict[str, Drawing]) -> str:
             f'<h2 id="{name}">{esc(heading)}</h2><figure>{drawn[name].html(esc(heading, quote=True))}'
             f"<figcaption><b>Figure {number}.</b> {_caption(a, caption)}</figcaption></figure>"
         )
-        parts.append(_table(a, name))
-    parts += [method(a), every_run(a)]
+        parts.append(_table(a, TABLES[name]) if name in TABLES else "")
+    parts += [_table(a, method), _table(a, every_run)]
     parts.append(f"<footer>Made by isofusion. Runs and options: sha256 {a.digest}.</footer></main></body></html>")
     return "\n".join(part for part in parts if part) + "\n"
 
