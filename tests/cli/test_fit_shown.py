@@ -13,6 +13,7 @@ import pytest
 from isofusion.cli.main import main
 from isofusion.laws.holdout import carry_over
 from isofusion.laws.rollout import rollout
+from isofusion.laws.sensitivity import times
 from isofusion.laws.table import Runs
 from isofusion.report.words import percent
 
@@ -59,6 +60,39 @@ def test_an_answer_is_whole_in_a_narrow_terminal(
     assert "…" not in answer
     assert max(map(len, answer.splitlines())) <= 80
     assert len(re.findall(r"\bto\b", answer)) == 4
+
+
+@pytest.mark.parametrize("make", [{}, {"wild": 3e5}, {"wild": 1e6, "at": 19}, {"n": 1}, {"rows": 7}])
+@pytest.mark.parametrize("more", [[], ["--objective", "l1"]])
+@pytest.mark.filterwarnings("error")
+def test_no_line_is_over_80_columns_and_none_loses_a_word(
+    make: dict[str, float],
+    more: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = table(tmp_path, make.get("wild", 1.0), int(make.get("at", 7)))
+    lines = path.read_text().splitlines()
+    if "n" in make:
+        lines[8] = f"{make['n']},{lines[8].partition(',')[2]}"
+    if "rows" in make:
+        lines = [lines[0], *(lines[i] for i in (1, 2, 5, 7, 10, 12))]
+    path.write_text("\n".join(lines) + "\n")
+    said = {}
+    for width in (80, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        said[width] = fit(capsys, path, "--bootstrap", "100", *more)
+        assert max(map(len, said[width].splitlines())) <= width
+    assert "…" not in said[80]
+    words = {width: sorted(re.findall(r"[^\s─]+", text)) for width, text in said.items()}
+    assert words[80] == words[200]  # nothing is cut, no number split
+    assert not re.search(r"(?<![.\d])\d{12}|(?<!\d)0\.0000(?!\d)", said[80])
+
+
+def test_a_factor_is_given_to_three_digits() -> None:
+    shown = [times(v) for v in (1.0, 1.174, 27.31, 104.2, 999.4, 1e3, 4.5e268, float("inf"))]
+    assert shown == ["1.00", "1.17", "27.3", "104", "999", "over 1000", "over 1000", "over 1000"]
 
 
 def test_another_objective_does_not_show_the_default_laws_verdict(

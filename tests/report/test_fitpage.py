@@ -14,7 +14,9 @@ from isofusion.laws.analysis import Analysis, analyse
 from isofusion.laws.table import Runs
 from isofusion.report import fitpage
 from isofusion.report.fitfigures import FIGURES
+from isofusion.report.fittables import nats, short
 from isofusion.report.style import NARROW, WIDE
+from isofusion.report.words import percent
 
 
 def grid(sizes: int, budgets: int, *, equal: bool = False, alpha: float = 0.30) -> Runs:
@@ -175,6 +177,22 @@ def test_a_drawing_that_fails_is_a_sentence_too(full: Analysis, monkeypatch: pyt
     drawn = fitpage.draw(full)
     assert set(drawn) == set(FIGURES)
     assert all("no font (ValueError)" in d.html("x") for d in drawn.values())
+
+
+def test_numbers_are_given_to_the_digits_they_have() -> None:
+    assert [short(v) for v in (59.04, 1238.0, 99_999.0, 2.53e-62, 1.78e88, 0.0)] == [
+        "59", "1240", "100000", "2.53·10⁻⁶²", "1.78·10⁸⁸", "0",
+    ]  # fmt: skip
+    assert short(0.31848, 5) == "0.31848"
+    assert [nats(v, 4) for v in (2.59352, 15.4253, 7.8e-7, 1.05e6)] == ["2.5935", "15.4253", "7.80·10⁻⁷", "1.05·10⁶"]
+    assert [percent(v) for v in (0.104, 71530.759, 0.00001)] == ["10.4 %", "7.2·10⁶ %", "< 0.1 %"]
+
+
+def test_no_number_of_a_wild_run_fills_the_page() -> None:
+    a = wild(loss=3e5)
+    words = re.sub(r"<[^>]*>", " ", fitpage.page(a, {}))
+    assert not re.search(r"\de[+-]\d", words.partition("How it was found")[0])
+    assert not re.search(r"(?<![.\d])\d{8}", words.partition("Made by isofusion")[0])
 
 
 def test_labels_keep_their_decimals() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,11 @@ from isofusion.laws.analysis import Analysis, Refused
 from isofusion.laws.formanalysis import FormAnalysis
 from isofusion.laws.holdout import Beside, HoldOut
 from isofusion.laws.rollout import BASELINES
-from isofusion.laws.sensitivity import Sensitivity
+from isofusion.laws.sensitivity import Sensitivity, times
 
 LOW_HITS = 0.6  # share of held-out runs inside a 95 % interval below which it is surely too narrow
-WIDTH = 110  # of output that no terminal sets
+WIDTH = 110  # of output whose width nothing sets
+WIDE = 100  # a cell's remark stands on one line from this width on
 Show = Callable[[float], str]
 
 
@@ -70,8 +72,10 @@ def show_form(a: FormAnalysis) -> None:
 
 
 def _console() -> Console:
+    """As wide as the terminal, or as COLUMNS says, or WIDTH."""
     plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
+    given = plain.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    return plain if given else Console(highlight=False, width=WIDTH)
 
 
 def _section(out: Console, title: str) -> None:
@@ -80,7 +84,7 @@ def _section(out: Console, title: str) -> None:
 
 def _table(*names: str, words: Sequence[int] = (0,), wraps: bool = False) -> Table:
     """Columns of `words` are set left, and wrap where the terminal is narrow; numbers do only if `wraps`."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim", collapse_padding=True)
     for i, name in enumerate(names):
         table.add_column(name, justify="left" if i in words else "right", no_wrap=not wraps and i not in words)
     return table
@@ -103,7 +107,7 @@ def _answers(out: Console, answers: list[dict[str, Any]], choices: Sensitivity |
     short: Show = "{:.3g}".format
     for row in answers:
         cells = [f"{row['compute']:.3g}"]
-        for key, how in (("n", si), ("d", si), ("tokens_per_parameter", short), ("loss", "{:.4f}".format)):
+        for key, how in (("n", si), ("d", si), ("tokens_per_parameter", short), ("loss", nats)):
             span = row.get(f"{key}_interval")
             cells.append(how(row[key]) + (f" [dim]({_span(span, how)})[/]" if span else ""))
         table.add_row(*cells)
@@ -113,12 +117,12 @@ def _answers(out: Console, answers: list[dict[str, Any]], choices: Sensitivity |
         if choices.undetermined:
             out.print(
                 f"[bold red]undetermined[/] at {choices.compute:.3g} FLOPs: N* runs from {si(low)} to {si(high)} "
-                f"({choices.spread:.1f}x) over choices these runs do not decide; see the table of choices"
+                f"({times(choices.spread)}x) over choices these runs do not decide; see the table of choices"
             )
         else:
             out.print(
                 f"[green]stable[/] at {choices.compute:.3g} FLOPs: N* stays between {si(low)} and {si(high)} "
-                f"({choices.spread:.2f}x) over every choice the runs do not rule out"
+                f"({times(choices.spread)}x) over every choice the runs do not rule out"
             )
 
 
@@ -145,7 +149,7 @@ def _law(out: Console, result: dict[str, Any]) -> None:
     for name, meaning in (("a", "N* ~ C^a"), ("b", "D* ~ C^b"), ("d", "D* ~ N*^d")):
         regression = split["regression"]
         beside = f"{meaning}; {regression[name]:.4f} by the paper's regression" if regression else meaning
-        table.add_row(name, f"{split['closed_form'][name]:.4f}", _span(spans.get(name), "{:.4f}".format), beside)
+        table.add_row(name, f"{split['closed_form'][name]:.4f}", _span(spans.get(name), "{:.4g}".format), beside)
     out.print(table)
     if split["cost"]["kind"] != "6nd":
         out.print("[dim]a, b, d: closed form for C ~ N D; the regression and N*, D* above use the FLOPs of the runs[/]")
@@ -155,7 +159,8 @@ def _law(out: Console, result: dict[str, Any]) -> None:
 
 def _tests(out: Console, a: Analysis) -> None:
     _section(out, "Does it predict runs it has not seen?")
-    table = _table("held out", "runs", "law", *BASELINES.values(), "in interval")
+    table = _table("held out", "runs", "law", "carry\nover", "k C^c", "nearest\nrun", "in\ninterval")
+    narrow = out.width < WIDE
     floor, silent = "", []
     for name, test in a.tests.items():
         if isinstance(test, Refused):
@@ -169,7 +174,7 @@ def _tests(out: Console, a: Analysis) -> None:
             name = f"held out: {found['held_out']}"
         else:
             name += f" ({_count(len(test.steps), 'step')})"
-        others = [_beside(test.beside(k), runs) for k in BASELINES]
+        others = [_beside(test.beside(k), runs, narrow) for k in BASELINES]
         own = f"[bold]{percent(found['mae_reducible'])}[/]"
         table.add_row(escape(name), str(runs), own, *others, percent(hits, 0))
         if isinstance(test, HoldOut) and test.no_interval:
@@ -191,8 +196,9 @@ def _tests(out: Console, a: Analysis) -> None:
         out.print(line)
 
 
-def _beside(found: Beside, runs: int) -> str:
+def _beside(found: Beside, runs: int, narrow: bool) -> str:
     error, law = found.cell(runs, percent)
+    law = law.replace(", ", ",\n") if narrow else law
     return f"{error}\n[dim]({law})[/]" if law else error
 
 
@@ -201,19 +207,23 @@ def _choices(out: Console, choices: Sensitivity | Refused) -> None:
     if isinstance(choices, Refused):
         out.print(f"[yellow]no table of choices[/]: {escape(choices.reason)}")
         return
-    table = _table(f"at {choices.compute:.3g} FLOPs", "a", "N*", "D*", "D*/N*", "loss", "misfit", "", words=(0, 7))
+    table = _table(f"at {choices.compute:.3g} FLOPs", "a", "N*", "D*", "D*/N*", "loss", "misfit")
     n = [r.n for r in choices.counted]
+    silent = {name for names in choices.without.values() for name in names}
     for row in choices.shown():
+        if f"{row.group}: {row.change}" in silent:
+            continue
         style = "bold" if row.group == "default" else "" if row.counts else "dim"
         if row.counts and row.n in (min(n), max(n)):
             style = "red" if choices.undetermined else "green"
         cells = [_number(row.a, "{:.3f}".format), _number(row.n, si), _number(row.d, si)]
-        cells += [_number(row.tokens_per_parameter, "{:.3g}".format), _number(row.loss, "{:.4f}".format)]
-        cells += [_number(100 * row.misfit, "{:.2f} %".format)]
+        cells += [_number(row.tokens_per_parameter, "{:.3g}".format), _number(row.loss, nats)]
+        cells += [percent(row.misfit, 2)]
         name = "as fitted" if row.group == "default" else f"{row.group}: {row.change}"
-        note = row.note if len(row.note) < 45 else row.note[:42] + "..."
-        table.add_row(escape(name), *cells, escape(note), style=style)
+        table.add_row(escape(f"{name}\n({row.note})" if row.note else name), *cells, style=style)
     out.print(table)
+    for reason, names in choices.without.items():
+        out.print(f"[dim]no number from {escape(', '.join(names))}: {escape(reason)}[/]")
     verdict, _, rest = choices.sentence.partition(":")
     if choices.undetermined:
         out.print(f"[bold red]{verdict}[/]:{escape(rest)}")
@@ -250,9 +260,21 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
+def nats(loss: float) -> str:
+    """A loss to four decimals, or four digits where these would show none or too many."""
+    return f"{loss:.4f}" if loss == 0 or 0.01 <= abs(loss) < 1e5 else f"{loss:.4g}"
+
+
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share as a percentage, or a dash where there is none."""
-    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+    """A share as a percentage, to one or two digits where decimals would show none or too many; a dash for none."""
+    if share is None or not math.isfinite(share):
+        return "-"
+    value = 100 * share
+    if abs(value) >= 1e4:
+        return f"{value:.2g} %"
+    if value == 0 or abs(value) >= 0.5 * 10**-digits:
+        return f"{value:.{digits}f} %"
+    return f"{value:.1g} %" if abs(value) >= 1e-4 else "< 0.0001 %"
 
 
 def _number(value: float, how: Show) -> str:

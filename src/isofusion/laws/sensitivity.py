@@ -63,9 +63,18 @@ class Sensitivity:
     rows: tuple[Choice, ...]
 
     @property
+    def without(self) -> dict[str, list[str]]:
+        """Choices that gave no number at all, by reason."""
+        out: dict[str, list[str]] = {}
+        for r in self.rows:
+            if not r.counts and not np.isfinite([r.n, r.loss, r.misfit]).any():
+                out.setdefault(r.note, []).append(f"{r.group}: {r.change}")
+        return out
+
+    @property
     def counted(self) -> list[Choice]:
         """The choices in the spread: those with an N* that the runs do not rule out."""
-        return [r for r in self.rows if r.counts and np.isfinite(r.n)]
+        return [r for r in self.rows if r.counts and np.isfinite(r.n) and r.n > 0]
 
     @property
     def spread(self) -> float:
@@ -88,16 +97,16 @@ class Sensitivity:
         )
         if self.undetermined:
             return (
-                f"undetermined: at {self.compute:.3g} FLOPs the compute-optimal size runs {ends}, {self.spread:.1f}x, "
-                "over choices that these runs do not decide"
+                f"undetermined: at {self.compute:.3g} FLOPs the compute-optimal size runs {ends}, "
+                f"{times(self.spread)}x, over choices that these runs do not decide"
             )
-        return f"at {self.compute:.3g} FLOPs the compute-optimal size runs {ends}: within {self.spread:.2f}x"
+        return f"at {self.compute:.3g} FLOPs the compute-optimal size runs {ends}: within {times(self.spread)}x"
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "compute": self.compute,
             "rows": [r.to_dict() for r in self.rows],
-            "spread": self.spread,
+            "spread": self.spread if np.isfinite(self.spread) else None,
             "undetermined": self.undetermined,
             "sentence": self.sentence,
         }
@@ -382,6 +391,11 @@ def _without(m: int, rows: np.ndarray) -> Array:
     weights = np.ones(m)
     weights[rows] = 0.0
     return weights
+
+
+def times(factor: float) -> str:
+    """A factor to three digits; from a thousand on only that it is."""
+    return f"{factor:#.3g}".rstrip(".") if factor < 999.5 else "over 1000"
 
 
 def _number(value: float, form: str) -> str:

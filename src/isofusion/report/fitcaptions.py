@@ -12,7 +12,7 @@ from isofusion.laws.holdout import HoldOut
 from isofusion.laws.isoflop import IsoFlops
 from isofusion.laws.profile import Profile
 from isofusion.laws.rollout import Rollout
-from isofusion.laws.sensitivity import Choice, Sensitivity
+from isofusion.laws.sensitivity import Choice, Sensitivity, times
 from isofusion.laws.table import Runs
 from isofusion.report.fitbase import drawable, placed
 from isofusion.report.fitfigures import choices_reach, isoflop_drawn
@@ -84,10 +84,10 @@ def choices_caption(a: Analysis) -> str:
     far = any(not axis[0] <= r.n <= axis[1] for r in s.shown() if math.isfinite(r.n))
     low, high = (pick(s.counted, key=lambda r: r.n) for pick in (min, max))
     ends = (
-        f"N* runs from {si(low.n)} ({_named(low)}; {low.tokens_per_parameter:.3g} tokens per parameter) to "
-        f"{si(high.n)} ({_named(high)}; {high.tokens_per_parameter:.3g})"
+        f"N* runs from {si(low.n)} ({_named(low)}; {short(low.tokens_per_parameter)} tokens per parameter) to "
+        f"{si(high.n)} ({_named(high)}; {short(high.tokens_per_parameter)})"
     )
-    verdict = f"{s.spread:.1f}×: undetermined" if s.undetermined else f"within {s.spread:.2f}×"
+    verdict = f"{times(s.spread)}×: undetermined" if s.undetermined else f"within {times(s.spread)}×"
     text = f"The same runs fitted again with one choice changed at a time. {ends}, {verdict}."
     text += f" {gone} fit so much worse that the runs rule them out." if gone else ""
     return text + (" Crosses at the edge lie beyond the axis." if far else "")

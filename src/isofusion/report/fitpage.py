@@ -17,16 +17,16 @@ from altair.utils.schemapi import debug_mode
 
 from isofusion.laws.analysis import Analysis, Refused
 from isofusion.laws.isoflop import IsoFlops
-from isofusion.laws.sensitivity import Sensitivity
+from isofusion.laws.sensitivity import Sensitivity, times
 from isofusion.report import render
 from isofusion.report.css import CSS
 from isofusion.report.fitcaptions import CAPTIONS
 from isofusion.report.fitfigures import FIGURES
-from isofusion.report.fittables import answers, capital, choices, every_run, law, method, pretty, tests
+from isofusion.report.fittables import answers, capital, choices, every_run, law, method, nats, pretty, short, tests
 from isofusion.report.panels import Grid
 from isofusion.report.style import NARROW, WIDE, WRAPPED, themed
 from isofusion.report.tables import raised
-from isofusion.report.words import fixed, interval, percent, power, si
+from isofusion.report.words import interval, percent, power, si
 
 
 def write_page(a: Analysis, path: str | Path) -> Path:
@@ -159,20 +159,21 @@ def headline(a: Analysis) -> list[str]:
     lines = []
     for row in a.answers[-2:]:
         n, d = _with(row, "n", si), _with(row, "d", si)
-        ratio = _with(row, "tokens_per_parameter", lambda v: f"{v:.3g}")
+        ratio = _with(row, "tokens_per_parameter", short)
         lines.append(
             f"With {power(row['compute'])} FLOPs train {n} parameters on {d} tokens ({ratio} tokens per parameter); "
-            f"expected loss {_with(row, 'loss', lambda v: fixed(v))} nats/token."
+            f"expected loss {_with(row, 'loss', nats)} nats/token."
         )
     if not lines:
         lines.append("The law has no compute-optimal size at the runs' compute or ten times that.")
     s = a.sensitivity
     if isinstance(s, Sensitivity):
         low, high = min(r.n for r in s.counted), max(r.n for r in s.counted)
+        spread = f"{times(s.spread)}×"
         told = (
-            f"Undetermined: choices these runs do not decide move N* from {si(low)} to {si(high)}, {s.spread:.1f}×."
+            f"Undetermined: choices these runs do not decide move N* from {si(low)} to {si(high)}, {spread}."
             if s.undetermined
-            else f"Every choice the runs do not rule out keeps N* between {si(low)} and {si(high)} ({s.spread:.2f}×)."
+            else f"Every choice the runs do not rule out keeps N* between {si(low)} and {si(high)} ({spread})."
         )
         lines.append(f"{told} (At {power(s.compute)} FLOPs.)")
     return lines

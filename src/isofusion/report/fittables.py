@@ -24,13 +24,13 @@ def answers(a: Analysis) -> str:
             Html(raised_power(row["compute"])),
             with_interval(si(row["n"]), row.get("n_interval"), si),
             with_interval(si(row["d"]), row.get("d_interval"), si),
-            with_interval(f"{row['tokens_per_parameter']:.3g}", row.get("tokens_per_parameter_interval"), short),
-            with_interval(fixed(row["loss"], 4), row.get("loss_interval"), lambda v: fixed(v, 4)),
+            with_interval(short(row["tokens_per_parameter"]), row.get("tokens_per_parameter_interval"), short),
+            with_interval(nats(row["loss"], 4), row.get("loss_interval"), lambda v: nats(v, 4)),
             "yes" if row["warnings"] else "no",
         ]
         for row in a.answers
     ]
-    head = ["FLOPs", "N*", "D*, tokens", "D*/N*", "loss, nats/token", "a decade outside the runs"]
+    head = ["FLOPs", "N*", "D*, tokens", "D*/N*", "loss, nats/token", "far outside the runs"]
     return table(head, rows)
 
 
@@ -42,18 +42,23 @@ def law(a: Analysis) -> str:
     rows = []
     for name, shown in (("E", "E, nats/token"), ("A", "A"), ("alpha", "α"), ("B", "B"), ("beta", "β")):
         p = a.profiles.get(name)
-        beside = interval([p.low, p.high], how=plain) if isinstance(p, Profile) and p.low and p.high else DASH
+        beside = _ends(p) if isinstance(p, Profile) else DASH
         span = spans.get(name)
-        told = "fixed" if name == "E" and law["fixed_e"] is not None else interval(span, how=plain) if span else "none"
-        rows.append([shown, f"{law[name]:.5g}", told, beside, DASH])
+        told = "fixed" if name == "E" and law["fixed_e"] is not None else interval(span, how=short) if span else "none"
+        rows.append([shown, short(law[name], 5), told, beside, DASH])
     for key, shown in (("a", "a: N* ∝ C^a"), ("b", "b: D* ∝ C^b"), ("d", "d: D* ∝ N*^d")):
         span = (split["closed_form_interval"] or {}).get(key)
         regression = fixed(split["regression"][key], 4) if split["regression"] else DASH
-        told = interval(span, how=lambda v: fixed(v)) if span else "none"
+        told = interval(span, how=short) if span else "none"
         name = Html(re.sub(r"\^(\w)", r"<sup>\1</sup>", shown))
         rows.append([name, fixed(split["closed_form"][key], 4), told, DASH, regression])
     head = ["", "value", "interval (bootstrap)", "interval (profile)", "regression as in the paper"]
     return "<h3>The law: L = E + A/N<sup>α</sup> + B/D<sup>β</sup></h3>" + table(head, rows)
+
+
+def _ends(p: Profile) -> str:
+    """A profile's interval; where an end is open, that it is."""
+    return f"[{', '.join('no end' if v is None else short(v) for v in (p.low, p.high))}]"
 
 
 def choices(a: Analysis) -> str:
@@ -65,7 +70,13 @@ def choices(a: Analysis) -> str:
     for i, r in enumerate(s.shown()):
         name = "as fitted" if r.group == "default" else f"{r.group}: {r.change}"
         numbers = [fixed(r.alpha), fixed(r.beta), fixed(r.a), si(r.n), si(r.d), short(r.tokens_per_parameter)]
-        cells = [f"{i + 1}. {pretty(name)}", *numbers, fixed(r.loss, 4), percent(r.misfit, 2), pretty(r.note)]
+        cells = [
+            f"{i + 1}. {pretty(name)}",
+            *numbers,
+            nats(r.loss, 4),
+            percent(r.misfit, 2),
+            pretty(r.note),
+        ]
         rows.append(
             [Html(f'<span style="color:#6b7178">{html.escape(c)}</span>') for c in cells] if not r.counts else cells
         )
@@ -154,14 +165,17 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".")
 
 
-def short(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}" if math.isfinite(value) else DASH
+def short(value: float, digits: int = 3) -> str:
+    """Significant digits, in full up to a hundred thousand; 2.53·10¹⁴ beyond and for very small values."""
+    if value and math.isfinite(value) and not 1e-4 <= abs(value) < 1e5:
+        return power(value, digits - 1) if value > 0 else f"−{power(-value, digits - 1)}"
+    rounded = f"{value:.{digits}g}"
+    return DASH if not math.isfinite(value) else f"{float(rounded):.0f}" if "e" in rounded else rounded
 
 
-def plain(value: float) -> str:
-    """Three significant digits, in full up to a hundred thousand."""
-    return short(value) if not 1e3 <= abs(value) < 1e5 else f"{float(f'{value:.3g}'):.0f}"
+def nats(value: float, decimals: int = 3) -> str:
+    """A loss to so many decimals, or three digits where these would show none or too many."""
+    return fixed(value, decimals) if value == 0 or 0.01 <= abs(value) < 1e5 else short(value)
 
 
 def raised_power(value: float) -> str:

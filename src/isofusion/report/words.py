@@ -66,6 +66,8 @@ def percent(share: float | None, digits: int = 1) -> str:
     value = 100 * share
     if 0 < abs(value) < 10**-digits:
         return f"< {10**-digits:g} %"
+    if value >= 1e4:
+        return f"{power(value)} %"
     return f"{value:.{digits}f} %".replace("-", "−")
 
 
