@@ -19,10 +19,13 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.formfit import FormFit, fit_form
 from isofusion.laws.forms import NAMES, Form, Params, Scale
+from isofusion.laws.formwarn import FLAT, FLAT_SAYS
 from isofusion.laws.objective import Problem, Solution, jacobian, minimise, terms, value
 from isofusion.laws.residuals import residual_warnings
+from isofusion.laws.solve.criterion import Criterion
 from isofusion.laws.solve.paperstart import paper_starts
 from isofusion.laws.solve.restart import joined, restart
+from isofusion.laws.solve.sandwich import sandwich
 from isofusion.laws.solve.start import GRID, Projector, descend, exponent_grid, merge, pin, projection_starts
 from isofusion.laws.table import Array, Runs, distinct
 from isofusion.laws.warn import DECADES, FitWarning, WarningCode, beyond, extrapolates
@@ -394,10 +397,11 @@ def _warnings(fit: LawFit, converged: bool, gauss: Array, seen: np.ndarray) -> t
     if fit.condition > 1e12:
         say("unidentified", f"condition number {fit.condition:.1e}: some parameters trade off exactly; widen N and D")
         return tuple(out)
-    deviation = np.sqrt(np.diag(np.linalg.inv(gauss @ gauss.T))) * fit.residual_spread
+    log_loss = np.log(runs.loss)
+    deviation = sandwich(gauss, log_loss - fit.residuals, log_loss, Criterion("huber", fit.delta))
     error = dict(zip([n for n, s in zip(NAMES, seen, strict=True) if s], deviation, strict=True))
     for name, unit in (("alpha", fit.scale.spread_n), ("beta", fit.scale.spread_d)):
         at = getattr(fit, name)
-        if name in error and error[name] / unit > 0.5 * at:
-            say("flat", f"{name} = {at:.3g} has a standard error of about {error[name] / unit:.2g}: flat along it")
+        if name in error and not error[name] / unit <= FLAT * at:
+            say("flat", f"{name} = {at:.3g} {FLAT_SAYS.format(error[name] / unit)}")
     return tuple(out)

@@ -33,7 +33,8 @@ SLOTS = 1 << 16  # S * P * m numbers worked on at once
 
 @dataclass(frozen=True)
 class FormFit:
-    """A fitted law; `params` by name in natural units, `errors` approximate standard errors (rows independent)."""
+    """A fitted law; `params` by name in natural units, `errors` sandwich standard errors, rows taken for independent
+    (solve/sandwich.py)."""
 
     law: Law
     params: dict[str, float]
@@ -124,6 +125,7 @@ class FormFit:
                 }
                 for p in self.law.parameters
             },
+            "errors": "sandwich estimates, rows taken for independent; where runs share trunks see the bootstrap",
             "objective": {"kind": self.criterion.kind, "delta": self.criterion.delta, "value": self.objective},
             "convergence": {
                 "starts": self.starts,

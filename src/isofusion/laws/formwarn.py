@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from isofusion.laws.catalogue.law import Columns, Law, Theta
+from isofusion.laws.solve.sandwich import sandwich
 from isofusion.laws.table import Array
 from isofusion.laws.warn import FitWarning
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 GONE = 1e-4  # a term under this share of every prediction has vanished
 UNIDENTIFIED = 1e12  # condition number of the Gauss-Newton matrix
 FLAT = 0.5  # a standard error above this share of the parameter is called flat
+FLAT_SAYS = "has a standard error of about {:.2g}, were the runs independent: flat along it"
 
 
 def condition_of(law: Law, theta: Array, x: Columns, weights: Array, free: np.ndarray) -> float:
@@ -44,20 +46,11 @@ def condition_of(law: Law, theta: Array, x: Columns, weights: Array, free: np.nd
 
 
 def standard_errors(fit: FormFit) -> dict[str, float]:
-    """Gauss-Newton standard errors in natural units from the residual spread; NaN where the matrix is singular."""
+    """Sandwich standard errors in natural units, rows taken for independent; NaN where the rows do not fix them."""
     free = np.flatnonzero(fit.free)
-    rows = fit.law.expand(fit.theta[None], fit.columns).jacobian[0][free] * np.sqrt(fit.weights)
-    scale = np.linalg.norm(rows, axis=1)
-    out = {fit.law.names[i]: float("nan") for i in free}
-    if (scale <= 0).any() or not np.isfinite(rows).all():
-        return out
-    unit = rows / scale[:, None]
-    try:
-        inverse = np.linalg.inv(unit @ unit.T)
-    except np.linalg.LinAlgError:
-        return out
-    with np.errstate(invalid="ignore"):
-        deviation = np.sqrt(np.diag(inverse)) / scale * fit.residual_spread
+    made = fit.law.expand(fit.theta[None], fit.columns)
+    deviation = sandwich(made.jacobian[0][free], made.log_prediction[0], np.log(fit.target), fit.criterion, fit.weights)
+    out: dict[str, float] = {}
     for i, s in zip(free, deviation, strict=True):
         p = fit.law.parameters[i]
         out[p.name] = float(s * fit.params[p.name]) if p.log else float(s)
@@ -108,7 +101,5 @@ def form_warnings(fit: FormFit, converged: bool) -> list[FitWarning]:
         # a parameter that may be zero is flat only against its own range
         size = abs(at) if p.log or p.lower > 0 else max(abs(at), 0.1 * (p.upper - p.lower))
         if not error <= FLAT * size:
-            out.append(
-                FitWarning("flat", f"{name} = {at:.3g} has a standard error of about {error:.2g}: flat along it")
-            )
+            out.append(FitWarning("flat", f"{name} = {at:.3g} {FLAT_SAYS.format(error)}"))
     return out
