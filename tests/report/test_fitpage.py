@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from isofusion.laws.analysis import Analysis, analyse
+from isofusion.laws.sensitivity import Sensitivity
 from isofusion.laws.table import Runs
 from isofusion.report import fitpage
 from isofusion.report.fitfigures import FIGURES
@@ -200,3 +201,16 @@ def test_labels_keep_their_decimals() -> None:
     shown = fitpage.render.inline(drawing, "x")
     assert "0.0001" in shown
     assert "M1.23," in shown
+
+
+def test_a_choice_without_a_number_is_told_below_its_table() -> None:
+    thin = analyse(grid(3, 3), draws=40)
+    assert isinstance(thin.sensitivity, Sensitivity)
+    shown = fitpage.TABLES["choices"](thin)
+    body, _, below = shown.partition("</table>")
+    for reason, names in thin.sensitivity.without.items():
+        assert names
+        assert fitpage.pretty(reason) in below
+    assert "isoFLOP parabolas" not in body
+    assert "isoFLOP parabolas: runs.csv: no compute budget" in below
+    assert body.count("<tr>") == 1 + sum(1 for r in thin.sensitivity.shown() if r.counts or r.misfit >= 0)

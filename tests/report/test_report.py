@@ -363,7 +363,7 @@ def test_a_baseline_of_some_held_out_runs_stands_beside_the_law_on_these(built: 
     held["beside"]["carry_over"] = {"runs": runs - 1, "mae_reducible": 0.011, "law_mae_reducible": 0.034}
     held["seeds_averaged"] |= {"cells": 4, "carried_cells": 3, "carry_over": 0.0123, "law_on_carried": 0.0456}
     table = tables_evidence.after("predicted-against-observed", a)
-    assert f"<td>1.1 % (law 3.4 %, {runs - 1} runs)</td>" in table
+    assert f'<td>1.1 % <span class="iv below">(law 3.4 %, {runs - 1} runs)</span></td>' in table
     assert "In brackets" in table
     assert "(next size carried over 1.2 %, the law on the same 3 4.6 %" in table
     said = next(w for w in advice.warnings(a) if w["code"] == "holdout-worse")["items"][0]["text"]

@@ -36,11 +36,12 @@ linear-gradient(270deg,rgba(0,0,0,.18),transparent) right/11px 100% no-repeat sc
 table{border-collapse:collapse;font:13.5px/1.4 Arial,"Liberation Sans",Helvetica,sans-serif;
 font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{font-weight:600;border-bottom:1.5px solid var(--ink);vertical-align:bottom}
+th{font-weight:600;white-space:normal;border-bottom:1.5px solid var(--ink);vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td.l,th.l{text-align:left}
-td.note{white-space:normal;min-width:11rem;text-align:left}
+td.note{white-space:normal;min-width:7rem;text-align:left}
 td .iv{color:var(--muted);font-size:.92em}
+td .below{display:block}
 .dot{display:inline-block;width:.68em;height:.68em;border-radius:50%;margin-right:.4em}
 .warn li b{font-family:Arial,"Liberation Sans",Helvetica,sans-serif;font-size:.82rem}
 details{margin:.6rem 0}
@@ -60,7 +61,7 @@ figure .wide{display:none}figure .narrow{display:block}
 .panels.p4{grid-template-columns:1fr 1fr;gap:.4rem .5rem}
 figure svg{margin:0 auto}
 dl{grid-template-columns:1fr;gap:0}dt{margin-top:.5rem}
-th{white-space:normal}th,td{padding:.28rem .4rem}td .iv{display:block}
+th,td{padding:.28rem .4rem}td .iv{display:block}
 }
 @media print{body{font-size:10.5pt}main{max-width:none;padding:0}figure,table{break-inside:avoid}details{display:none}}
 """

@@ -78,7 +78,7 @@ def shaded(values: Any, title: str, layout: Layout, count: int = 5) -> alt.Color
     each = [float(np.exp(np.log(np.asarray(values)[of == k]).mean())) for k in range(int(of.max()) + 1)]
     legend = alt.Legend(
         orient="top", direction="horizontal", title=title, gradientLength=190, gradientThickness=8, labelExpr=_LABEL,
-        titleOrient="left" if layout.name == "wide" else "top", tickCount=count,
+        titlePadding=10, titleOrient="left" if layout.name == "wide" else "top", tickCount=count,
         values=each if len(each) <= NAMED else _ticks(low, high),
     )  # fmt: skip
     return alt.Color("shade:Q", scale=alt.Scale(type="log", domain=[low, high], range=SHADES), legend=legend)

@@ -50,7 +50,7 @@ def loss_caption(a: Analysis) -> str:
     r = np.abs(np.expm1(a.fit.residuals))
     text = (
         f"Points: runs, darker is larger. Blue lines: the law along a selection of sizes; it misses the typical run by "
-        f"{percent(float(np.median(r)), 2)} of its loss and the worst by {percent(float(r.max()))}. "
+        f"{percent(float(np.median(r)), 2)} of its loss and the worst by {percent(float(r.max()), 2)}. "
         "Orange: the loss of the best size at each compute, with its interval"
     )
     text += ", beyond the last runs extrapolated. " if a.compute > 1.001 * a.runs.c.max() else ". "
@@ -153,7 +153,7 @@ def residuals_caption(a: Analysis) -> str:
     out, relative = int(np.sum(np.abs(r) > band)), np.abs(np.expm1(r))
     beyond = bool(np.any(relative > residual_reach(relative)))
     return (
-        f"Band: twice the typical residual, ±{percent(band)}; {out} of {len(r)} runs lie outside it (5 % would if "
+        f"Band: twice the typical residual, ±{percent(band, 2)}; {out} of {len(r)} runs lie outside it (5 % would if "
         f"residuals were normal). Rank correlation of the residuals: {' and '.join(parts)}. A trend or a bend here is "
         f"structure the law does not describe.{' Orange crosses lie beyond the axis.' if beyond else ''}"
     ) + left_out(a.runs, placed(a.runs))

@@ -177,7 +177,7 @@ def profiles(a: Analysis, layout: Layout) -> Chart | None:
         ]
         log = name == "N*"
         values = [r["v"] for r in rows] + [v for v in (p.low, p.high) if v is not None]
-        axis = style.log_axis(values, NAMES[name]) if log else style.linear_axis(values, NAMES[name], ticks=4)
+        axis = style.log_axis(values, NAMES[name], ticks=4) if log else style.linear_axis(values, NAMES[name], ticks=4)
         x = alt.X("v:Q", **axis)
         y = alt.Y("e:Q", **(style.linear_axis([0.0, 1.6], "objective above its minimum", pad=0.02, ticks=4)))
         span = {"lo": values[0] if p.low is None else p.low, "hi": max(values) if p.high is None else p.high}

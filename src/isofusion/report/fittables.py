@@ -62,12 +62,15 @@ def _ends(p: Profile) -> str:
 
 
 def choices(a: Analysis) -> str:
-    """The sensitivity table; ruled-out choices in grey."""
+    """The sensitivity table; ruled-out choices in grey; below it those that gave no number, and why."""
     s = a.sensitivity
     if not isinstance(s, Sensitivity):
         return ""
     rows = []
+    silent = {name for names in s.without.values() for name in names}
     for i, r in enumerate(s.shown()):
+        if f"{r.group}: {r.change}" in silent:
+            continue
         name = "as fitted" if r.group == "default" else f"{r.group}: {r.change}"
         numbers = [fixed(r.alpha), fixed(r.beta), fixed(r.a), si(r.n), si(r.d), short(r.tokens_per_parameter)]
         cells = [
@@ -81,7 +84,11 @@ def choices(a: Analysis) -> str:
             [Html(f'<span style="color:#6b7178">{html.escape(c)}</span>') for c in cells] if not r.counts else cells
         )
     head = ["choice", "α", "β", "a", "N*", "D*", "D*/N*", "loss", "misfit", ""]
-    return table(head, rows, left=(9,)).replace('<td class="l">', '<td class="note">')
+    missing = "".join(
+        f"<p>No number from {html.escape(pretty(', '.join(names)))}: {html.escape(pretty(reason))}.</p>"
+        for reason, names in s.without.items()
+    )
+    return table(head, rows, left=(9,)).replace('<td class="l">', '<td class="note">') + missing
 
 
 def tests(a: Analysis) -> str:
@@ -101,7 +108,7 @@ def tests(a: Analysis) -> str:
         rows.append(
             [name, str(runs), percent(f["mae_loss"], 2), percent(f["mae_reducible"])]
             + [beside(part.beside(k), runs) for k in ("carry_over", "power_law", "nearest")]
-            + [percent(f["hit_rate"], 0), f"{acc['mse']:.2g}", r2]
+            + [percent(f["hit_rate"], 0), short(acc["mse"], 2), r2]
         )
     head = ["held out", "runs", "error", "reducible", "carry over", "k·Cᶜ", "nearest", "in 95 %", "MSE", "R²"]
     note = (
@@ -119,7 +126,7 @@ def method(a: Analysis) -> str:
     pairs = [
         ("Objective", f"sum of Huber on log residuals, δ = {fit.delta:g}: {fit.objective:.10g}"),
         ("Solver", f"{percent(fit.share, 0)} of {fit.starts} starts end there; {second}"),
-        ("At the end", f"gradient norm {fit.gradient_norm:.1e}, condition number {fit.condition:.1e}"),
+        ("At the end", f"gradient norm {power(fit.gradient_norm)}, condition number {power(fit.condition)}"),
         ("Residual spread", percent(fit.residual_spread, 2)),
         (
             "Compute",
@@ -151,13 +158,13 @@ def every_run(a: Analysis) -> str:
 
 
 def pretty(text: str) -> str:
-    """3.2e+18 as 3.2·10¹⁸, and sizes of up to a trillion as 2.29B."""
+    """3.2e+18 as 3.2·10¹⁸, sizes of up to a trillion as 2.29B, k C^c as k·Cᶜ."""
 
     def shown(found: re.Match[str]) -> str:
         value = float(found[0])
         return si(value) if 1e3 <= value < 1e15 else power(value, 2 if "." in found[0] else 0)
 
-    return re.sub(r"(?<![\w.^])-(?=\d)", "−", re.sub(r"\d+(?:\.\d+)?e[+-]?\d+", shown, text))
+    return re.sub(r"(?<![\w.^])-(?=\d)", "−", re.sub(r"\d+(?:\.\d+)?e[+-]?\d+", shown, text.replace("k C^c", "k·Cᶜ")))
 
 
 def capital(text: str) -> str:

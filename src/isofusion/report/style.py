@@ -95,12 +95,13 @@ def _power_label() -> str:
     return f"({mantissa} == 1 ? '' : {mantissa} + '·') + '10' + {digits}"
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Whole powers of ten; with others between them where fewer than three would show, evenly spaced in the end."""
+def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Whole powers of ten, at most `most`; where fewer than three would show others between them, evenly spaced in the
+    end."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     whole = [10.0**k for k in decades if low <= 10.0**k <= high]
     if len(whole) >= 3:
-        return whole[:: max(1, math.ceil(len(whole) / 7))]
+        return whole[:: max(1, math.ceil(len(whole) / most))]
     found: list[float] = []
     for steps in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         found = [m * 10.0**k for k in decades for m in steps if low <= m * 10.0**k <= high]
@@ -128,14 +129,16 @@ def log_domain(values: Iterable[float], pad: float = 0.05) -> tuple[float, float
     return 10 ** max(low - space, -LAST_POWER), 10 ** min(high + space, LAST_POWER)
 
 
-def log_axis(values: Iterable[float], title: str, pad: float = 0.05, plain: bool = False) -> dict[str, Any]:
+def log_axis(
+    values: Iterable[float], title: str, pad: float = 0.05, plain: bool = False, ticks: int = 7
+) -> dict[str, Any]:
     """Keyword arguments of a log x or y encoding: scale, axis and title, ticks labelled 10^x.
 
     plain: labelled as numbers instead, where none has more than five digits.
     """
     low, high = log_domain(values, pad)
     label = "format(datum.value, '~g')" if plain and low >= 1e-3 and high <= 1e5 else _power_label()
-    axis = alt.Axis(values=log_ticks(low, high), labelExpr=label, labelFlush=False, labelOverlap=True)
+    axis = alt.Axis(values=log_ticks(low, high, ticks), labelExpr=label, labelFlush=False, labelOverlap=True)
     return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
 
 

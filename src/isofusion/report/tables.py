@@ -52,10 +52,10 @@ def with_interval(value: str, pair: Any, how: Any) -> Html:
     return Html(f'{esc(value)} <span class="iv">{esc(interval(pair, how=how))}</span>')
 
 
-def beside(found: Beside, runs: int) -> str:
-    """A baseline's error; in brackets, where it predicts some of the `runs` only, the law's on these."""
+def beside(found: Beside, runs: int) -> Html:
+    """A baseline's error; in brackets below, where it predicts some of the `runs` only, the law's on these."""
     error, law = found.cell(runs, percent)
-    return f"{error} ({law})" if law else error
+    return Html(esc(error) + (f' <span class="iv below">({esc(law)})</span>' if law else ""))
 
 
 def losses(value: float | None, pair: Any) -> Html:

@@ -79,7 +79,7 @@ def _holdout(a: Analysis) -> str:
                     *([percent((h["oracle_e"] or {}).get("error_reducible"))] if known else []),
                     *(beside(Beside.of(h["beside"][k]), h["runs"]) for k in ("carry_over", "power_law")),
                     percent(h["error"], 2),
-                    "not available" if h.get("no_interval") else percent(h["hit_rate"], 0),
+                    "none" if h.get("no_interval") else percent(h["hit_rate"], 0),
                     {True: "yes", False: "NO", None: DASH}[h["beats_carry"]],
                     " / ".join(f"{v:.1f}×" if v else DASH for v in drop),
                 ]
