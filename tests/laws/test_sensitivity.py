@@ -131,3 +131,23 @@ def test_neighbours_contain_the_additive_law(simulate: Callable[..., Runs], trut
     grid = np.geomspace(n[0] / 10, n[0] * 10, 4001)
     assert loss[0] == pytest.approx(float(found.predict(grid, 1e20 / 6 / grid).min()), rel=1e-7)
     assert 6 * n[0] * d[0] == pytest.approx(1e20)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("smallest", [0.0, 1e-300, 2e-9])
+def test_an_optimum_that_is_no_size_breaks_neither_sentence_nor_json(
+    smallest: float, simulate: Callable[..., Runs]
+) -> None:
+    found = sensitivity(simulate(np.random.default_rng(0)), 1e21)
+    odd = replace(found.rows[1], n=smallest, tokens_per_parameter=float("inf"))
+    high = replace(found.rows[2], n=1e12 if smallest else found.rows[2].n)
+    strange = Sensitivity(found.compute, (found.rows[0], odd, high))
+    said = json.loads(json.dumps(strange.to_dict(), allow_nan=False))
+    assert "inf" not in strange.sentence
+    assert not [word for word in strange.sentence.split() if len(word) > 20]
+    if smallest:
+        assert "over 1000x" in strange.sentence
+        assert "no finite number of tokens per parameter" in strange.sentence
+        assert said["undetermined"]
+    if smallest == 1e-300:
+        assert said["spread"] is None

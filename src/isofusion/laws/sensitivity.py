@@ -92,8 +92,8 @@ class Sensitivity:
         """The verdict as one sentence."""
         low, high = (pick(self.counted, key=lambda r: r.n) for pick in (min, max))
         ends = (
-            f"from {low.n:.3g} ({low.group}: {low.change}; {low.tokens_per_parameter:.3g} tokens per parameter) to "
-            f"{high.n:.3g} parameters ({high.group}: {high.change}; {high.tokens_per_parameter:.3g})"
+            f"from {low.n:.3g} ({low.group}: {low.change}; {_ratio(low)} tokens per parameter) to "
+            f"{high.n:.3g} parameters ({high.group}: {high.change}; {_ratio(high)})"
         )
         if self.undetermined:
             return (
@@ -391,6 +391,10 @@ def _without(m: int, rows: np.ndarray) -> Array:
     weights = np.ones(m)
     weights[rows] = 0.0
     return weights
+
+
+def _ratio(row: Choice) -> str:
+    return f"{row.tokens_per_parameter:.3g}" if np.isfinite(row.tokens_per_parameter) else "no finite number of"
 
 
 def times(factor: float) -> str:
