@@ -165,3 +165,28 @@ def test_standard_errors_weigh_another_form_and_the_default_law_says_that_they_d
     ]
     plain, weighed = (abs(law["beta"]["value"] - 0.338) for law in laws)
     assert weighed < 0.2 * plain  # the wild run counts for nothing
+
+
+def test_seven_runs_are_not_called_stable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = table(tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *(lines[i] for i in (1, 2, 4, 6, 8, 9, 11))]) + "\n")
+    out = " ".join(fit(capsys, path, "--report", tmp_path / "fit.html").split())
+    assert "stable at" not in out
+    assert "but 2 degrees of freedom can rule out little" in out
+    assert "With 2 degrees of freedom they can rule out little." in (tmp_path / "fit.html").read_text()
+    assert "stable at" in fit(capsys, table(tmp_path))
+
+
+def test_resample_chooses_how_intervals_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = table(tmp_path)
+    plain, rows = (json.loads(fit(capsys, path, "--json", *more)) for more in ([], ["--resample", "row"]))
+    assert [x["bootstrap"]["method"] for x in (plain, rows)] == ["hierarchical", "row"]
+    assert plain["law"]["objective"] == rows["law"]["objective"]
+    assert plain["bootstrap"]["intervals"] != rows["bootstrap"]["intervals"]
+    assert plain["digest"] != rows["digest"]
+    for wrong, said in ((["--resample", "jackknife"], "choose hierarchical"), (["--form", "chinchilla"], "--resample")):
+        with pytest.raises(SystemExit) as end:
+            main(["fit", str(path), "--resample", "row", *wrong])
+        assert end.value.code == 2
+        assert said in capsys.readouterr().err

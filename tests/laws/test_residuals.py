@@ -34,7 +34,7 @@ def test_a_spread_that_grows_or_falls_is_told_with_the_wider_option(truth: Param
     assert said(even, "uneven-spread") == []
     (small,) = said(fit_law(grid(truth, lambda n, d: 0.002 * (1e8 / n) ** 0.5)), "uneven-spread")
     assert "residuals of the smallest third of the sizes" in small
-    assert "isofusion plan --runs TABLE --resample row" in small
+    assert "isofusion fit TABLE --resample row" in small
     (long,) = said(fit_law(grid(truth, lambda n, d: 0.002 * (d / 1e9) ** 0.4)), "uneven-spread")
     assert "residuals of the largest third of the token budgets" in long
 

@@ -31,6 +31,9 @@ def command(
         Path | None, typer.Option("--report", help="Also write one HTML page with every figure, e.g. fit.html.")
     ] = None,
     draws: Annotated[int, typer.Option("--bootstrap", help="Bootstrap draws for the intervals; 0 for none.")] = 1000,
+    resample: Annotated[
+        str, typer.Option("--resample", help="How intervals are drawn: hierarchical, trunk, row or residual.")
+    ] = "hierarchical",
     delta: Annotated[float, typer.Option("--delta", help="Huber threshold on log residuals.")] = 1e-3,
     fixed_e: Annotated[float | None, typer.Option("--fixed-e", help="Fix the irreducible loss at this value.")] = None,
     starts: Annotated[
@@ -50,17 +53,20 @@ def command(
 ) -> None:
     """Fit L = E + A/N^alpha + B/D^beta to a table of runs: the answer, how sure, and what it rests on."""
     from isofusion.errors import InputError
+    from isofusion.laws.bootstrap import METHODS
 
     kind = OBJECTIVES.get(objective, objective)
     if starts not in ("projection", "paper"):
         raise InputError(f"--starts {starts}: choose projection or paper")
+    if resample not in METHODS:
+        raise InputError(f"--resample {resample}: choose {', '.join(METHODS)}")
     if form is None and kind == "huber":
         if column:
             raise InputError(f"--column {column[0]}: the default law rests on N and D alone; it goes with --form")
         runs, notes = table.read(file)
         if runs.se is not None:
             notes = [*notes, "standard errors do not weigh the default law's runs; they do with --form chinchilla"]
-        result = _default(runs, notes, compute or [], draws, delta, fixed_e, starts, report)
+        result = _default(runs, notes, compute or [], draws, resample, delta, fixed_e, starts, report)
         if as_json:
             _json(file, result)
         else:
@@ -72,8 +78,8 @@ def command(
             if not as_json:
                 typer.echo(f"\nreport: {report}")
         return
-    if report is not None or starts != "projection":
-        flag = "--report" if report is not None else "--starts"
+    if report is not None or starts != "projection" or resample != "hierarchical":
+        flag = "--report" if report is not None else "--starts" if starts != "projection" else "--resample"
         raise InputError(f"{flag}: for the default law and objective; drop {'--form' if form else '--objective'}")
     from isofusion.laws.formanalysis import analyse_form
 
@@ -98,21 +104,12 @@ def command(
         show_form(other)
 
 
-def read(
-    file: Path, arm: str | None, domain: str | None, compute_axis: str | None, columns: dict[str, str | None]
-) -> tuple[Any, str | None]:
-    """(Runs, what was assumed or None) of any table of losses, for commands that name columns in one option."""
-    from isofusion.laws.tables.readers import read_runs
-
-    runs, notes = read_runs(file, columns=columns, arm=arm, domain=domain, compute_axis=compute_axis)
-    return runs, "; ".join(notes) or None
-
-
 def _default(
     runs: Runs,
     notes: list[str],
     compute: list[float],
     draws: int,
+    resample: str,
     delta: float,
     fixed_e: float | None,
     starts: str,
@@ -133,7 +130,8 @@ def _default(
         # millions of small objects that live to the end: Python's default goes through them again and again, for a
         # tenth of the command's time
         gc.set_threshold(100_000, 50, 100)
-    options: dict[str, Any] = {"draws": draws, "delta": delta, "fixed_e": fixed_e, "starts": starts, "notes": notes}
+    options: dict[str, Any] = {"draws": draws, "method": resample, "delta": delta, "fixed_e": fixed_e}
+    options |= {"starts": starts, "notes": notes}
     if report is None:
         return analyse(runs, compute, **options)
     with second_process("isofusion.laws.analysis") as pool:

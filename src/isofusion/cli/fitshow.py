@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from isofusion.laws.analysis import Analysis, Refused
+from isofusion.laws.fit import FREEDOM
 from isofusion.laws.formanalysis import FormAnalysis
 from isofusion.laws.holdout import Beside, HoldOut
 from isofusion.laws.rollout import BASELINES
@@ -36,7 +37,7 @@ def show(a: Analysis) -> None:
         f"{law['runs']} runs, {_count(law['sizes'], 'size')} ({_span(law['n_range'], si)} "
         f"parameters), {_count(law['budgets'], 'token budget')} ({_span(law['d_range'], si)}); C is {law['compute']}",
     )
-    _answers(out, list(a.answers), a.sensitivity)
+    _answers(out, list(a.answers), a.sensitivity, a.fit.freedom)
     _warnings(out, result["warnings"])
     _law(out, result)
     _tests(out, a)
@@ -96,8 +97,13 @@ def _head(out: Console, label: str, notes: Sequence[str], text: str) -> None:
         out.print(f"[yellow]note[/] {escape(note)}")
 
 
-def _answers(out: Console, answers: list[dict[str, Any]], choices: Sensitivity | Refused | None = None) -> None:
-    """`choices`: of the law whose answers these are."""
+def _answers(
+    out: Console,
+    answers: list[dict[str, Any]],
+    choices: Sensitivity | Refused | None = None,
+    freedom: int = FREEDOM,
+) -> None:
+    """`choices` and `freedom`: of the law whose answers these are."""
     _section(out, "The answer")
     if not answers:
         out.print("the law has no compute-optimal size at the runs' compute or ten times that")
@@ -118,6 +124,11 @@ def _answers(out: Console, answers: list[dict[str, Any]], choices: Sensitivity |
             out.print(
                 f"[bold red]undetermined[/] at {choices.compute:.3g} FLOPs: N* runs from {si(low)} to {si(high)} "
                 f"({times(choices.spread)}x) over choices these runs do not decide; see the table of choices"
+            )
+        elif freedom < FREEDOM:
+            out.print(
+                f"[yellow]hardly tested[/] at {choices.compute:.3g} FLOPs: N* stays between {si(low)} and {si(high)} "
+                f"({times(choices.spread)}x), but {_count(freedom, 'degree')} of freedom can rule out little"
             )
         else:
             out.print(

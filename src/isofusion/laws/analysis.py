@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.bootstrap import Intervals, bootstrap
+from isofusion.laws.bootstrap import Intervals, Method, bootstrap
 from isofusion.laws.derived import allocation, at_compute
 from isofusion.laws.fit import DELTA, LawFit, Starts, fit_law
 from isofusion.laws.frontier import Cost, Regression, compute_optimal, exponents, regress_allocation
@@ -133,6 +133,7 @@ def analyse(
     compute: Sequence[float] = (),
     *,
     draws: int = 1000,
+    method: Method = "hierarchical",
     delta: float = DELTA,
     fixed_e: float | None = None,
     starts: Starts = "projection",
@@ -144,10 +145,10 @@ def analyse(
     """Fit E + A/N^alpha + B/D^beta and everything that judges it. compute: budgets in FLOPs to answer at.
 
     Without compute the answer is given at the runs' largest and at ten times that. draws: of the bootstrap (0: no
-    intervals). profiles: profile alpha, beta, E and N* too. pool: where the hold-outs and the sensitivity are computed
-    meanwhile, e.g. a ProcessPoolExecutor; the same numbers, sooner. The order of the runs changes nothing. Raises
-    InputError where the runs cannot identify the law, compute is not positive, or the law has no optimum at a compute
-    asked for.
+    intervals). method: of the bootstrap; hold-outs and profiles keep theirs. profiles: profile alpha, beta, E and N*
+    too. pool: where the hold-outs and the sensitivity are computed meanwhile, e.g. a ProcessPoolExecutor; the same
+    numbers, sooner. The order of the runs changes nothing. Raises InputError where the runs cannot identify the law,
+    compute is not positive, or the law has no optimum at a compute asked for.
     """
     asked = [float(c) for c in compute]
     if any(not (np.isfinite(c) and c > 0) for c in asked):
@@ -157,7 +158,7 @@ def analyse(
     cost = Cost.of(runs)
     largest = float(runs.c.max())
     tests = aside(pool, _tests, fit, min(draws, TEST_DRAWS), min(draws, STEP_DRAWS), seed)
-    intervals = bootstrap(fit, draws, seed=seed) if draws else None
+    intervals = bootstrap(fit, draws, method=method, seed=seed) if draws else None
     answers = [_answer(fit, intervals, cost, c, strict=True) for c in sorted(asked)] or [
         found for c in (largest, BEYOND * largest) if (found := _answer(fit, intervals, cost, c, strict=False))
     ]
@@ -184,6 +185,7 @@ def analyse(
             "fixed_e": fixed_e,
             "starts": starts,
             "seed": seed,
+            **({"resample": method} if method != "hierarchical" else {}),
         },
         fit=fit,
         intervals=intervals,

@@ -73,11 +73,11 @@ class Intervals:
         noise = self.noise
         if name != "E" or self.fit.form.fixed_e is not None or noise.freedom >= FLOOR_FREEDOM:
             return None
-        trunks = len(np.unique(self.fit.runs.group))
+        trunks, plural = len(np.unique(self.fit.runs.group)), "s" * (noise.freedom != 1)
         return (
-            f"the noise between trunks rests on {noise.freedom} degrees of freedom ({trunks} trunks, 3 of them fix the "
-            f"law's level); below {FLOOR_FREEDOM} intervals for the irreducible loss miss it far too often. Add "
-            f"{FLOOR_FREEDOM - noise.freedom} or more trunks: other model sizes, or second seeds"
+            f"the noise between trunks rests on {noise.freedom} degree{plural} of freedom ({trunks} trunks, 3 of them "
+            f"fix the law's level); below {FLOOR_FREEDOM} intervals for the irreducible loss miss it far too often. "
+            f"Add {FLOOR_FREEDOM - noise.freedom} or more trunks: other model sizes, or second seeds"
         )
 
     def interval(self, name: str) -> tuple[float, float]:

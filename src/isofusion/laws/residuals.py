@@ -103,7 +103,7 @@ def uneven_spread(runs: Runs, residuals: Array) -> FitWarning | None:
         return None
     wider = "row" if len(trunks) == len(runs) else "trunk" if len(trunks) >= TRUNKS else ""
     option = (
-        f"resampling {wider}s makes no such assumption: `isofusion plan --runs TABLE --resample {wider}`, or "
+        f"resampling {wider}s makes no such assumption: `isofusion fit TABLE --resample {wider}` (`plan` too), or "
         f"bootstrap(fit, method='{wider}')"
         if wider
         else "no option here mends that with so few trunks"

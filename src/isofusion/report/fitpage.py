@@ -16,6 +16,7 @@ from typing import Any
 from altair.utils.schemapi import debug_mode
 
 from isofusion.laws.analysis import Analysis, Refused
+from isofusion.laws.fit import FREEDOM
 from isofusion.laws.isoflop import IsoFlops
 from isofusion.laws.sensitivity import Sensitivity, times
 from isofusion.report import render
@@ -175,6 +176,8 @@ def headline(a: Analysis) -> list[str]:
             if s.undetermined
             else f"Every choice the runs do not rule out keeps N* between {si(low)} and {si(high)} ({spread})."
         )
+        if not s.undetermined and (free := a.fit.freedom) < FREEDOM:
+            told += f" With {free} degree{'s' * (free != 1)} of freedom they can rule out little."
         lines.append(f"{told} (At {power(s.compute)} FLOPs.)")
     return lines
 

@@ -25,7 +25,9 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
         step()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as record:
         step()
     results = record.profiler.kineto_results
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
