@@ -152,7 +152,7 @@ def test_a_batch_of_studies_draws_what_each_alone_draws(simulate: Callable[..., 
 def test_no_interval_for_the_floor_where_noise_is_unknown(simulate: Callable[..., Runs]) -> None:
     rng = np.random.default_rng(0)
     few = bootstrap(fit_law(simulate(rng, sizes=4, seeds=(1,) * 4), grid=4), 40)
-    with pytest.raises(Refusal, match=r"no interval for E: .* 1 degrees of freedom \(4 trunks") as caught:
+    with pytest.raises(Refusal, match=r"no interval for E: .* 1 degree of freedom \(4 trunks") as caught:
         few.interval("E")
     assert (caught.value.name, caught.value.reason) == ("E", few.refusal("E"))
     plain = few.to_dict()
