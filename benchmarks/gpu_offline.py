@@ -1,6 +1,7 @@
 """The GPU's training step on a machine without a GPU: does it compile, what does it hold, what is the least it takes?
 
-    python benchmarks/gpu_offline.py [--models early-932m,late-1b,moe-932m] [--rows 16] [--recompute K] [--out FILE]
+    python benchmarks/gpu_offline.py [--models early-932m,late-1b,moe-932m] [--rows 16] [--recompute K] [--ranks R]
+                                     [--out FILE]
 
 NOT a measurement of speed. It needs a torch that was built for CUDA (`pip install torch` on Linux), Triton and g++, and
 takes a minute or two a model. The step of `gpu.py` (rows of 1,024 slots, 45-45-10 captions, interleaved, text, bf16,
@@ -14,6 +15,9 @@ H200, none is launched. Of each model:
   `isofusion.model.memory`; limit 10 %. Workspaces of libraries are not in it.
 - bound: FLOPs of the exact ledger over the printed peak, and the bytes that everything but products reads and writes
   over the printed bandwidth. No kernel is that good, so `mfu_bound` is not what a card will show.
+
+With `--ranks` it is one of R ranks that share the model (FSDP2) and takes these rows; nobody answers it, so sums over
+ranks are its own, and the two numbers that it would read from the device before its update are left out.
 
 Exit status 1 where memory is off by more than 10 %.
 """
@@ -29,9 +33,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._inductor.codecache import PyCodeCache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -51,7 +57,9 @@ from isofusion.model.count import batch_shape, flops
 from isofusion.model.decoder import Decoder
 from isofusion.model.memory import memory_bytes
 from isofusion.model.paper import PAPER_MODELS
+from isofusion.train import step as step_module
 from isofusion.train.optimizer import build_optimizer
+from isofusion.train.parallel import Parallel
 from isofusion.train.step import train_step
 
 RESULTS = Path(__file__).parent / "results" / "gpu_offline.json"
@@ -81,18 +89,24 @@ class Record:
 
     def made(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key, size = storage._cdata, -(-storage.nbytes() // GRANULE) * GRANULE
         if tensor.device.type != "cuda" or key in self.alive:
             return
-        size = -(-storage.nbytes() // GRANULE) * GRANULE
 
         def gone(_: Any) -> None:
-            if self.alive.pop(key, None) is not None:
-                self.held -= size
+            self.held -= self.alive.pop(key, (0, None))[0]
 
         self.alive[key] = (size, weakref.ref(storage, gone))
         self.held += size
         self.peak = max(self.peak, self.held)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """FSDP2 frees what it gathered so, and fills it again."""
+        if storage._cdata in self.alive:
+            size, reference = self.alive[storage._cdata]
+            self.alive[storage._cdata] = (storage.nbytes(), reference)
+            self.held += storage.nbytes() - size
+            self.peak = max(self.peak, self.held)
 
 
 class Recording(FakeTensorMode):
@@ -134,8 +148,19 @@ def touched(x: torch.Tensor) -> int:
     return count * x.element_size()
 
 
-def watch_triton(record: Record) -> None:
+def watch(record: Record) -> None:
+    """Launches of Triton's kernels, and storages that change their size."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    storages: Any = torch.UntypedStorage
+    resize = storages.resize_
+
+    def resize_(self: Any, size: int) -> Any:
+        out = resize(self, size)
+        record.resized(self)
+        return out
+
+    storages.resize_ = resize_
 
     kind: Any = CachingAutotuner
     before = kind.run
@@ -156,7 +181,20 @@ def without_contents(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
     return replace(host, **{name: mode.from_tensor(x).to("cuda") for name, x in tensors.items() if torch.is_tensor(x)})
 
 
-def measure(name: str, rows: int, recompute: int, mode: Recording) -> dict[str, Any]:
+def first_of(ranks: int) -> Parallel:
+    """This process as the first of so many, with nobody else there."""
+    if ranks == 1:
+        return Parallel()
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    changed: Any = step_module
+    changed.clip_and_step = lambda optimizer, clip, norm: optimizer.step()
+    changed.StepResult = lambda numbers: SimpleNamespace(finite=True)
+    return Parallel(0, ranks, "cuda", mesh=dist.init_device_mesh("cuda", (ranks,), mesh_dim_names=("shard",)))
+
+
+def measure(name: str, rows: int, recompute: int, parallel: Parallel, mode: Recording) -> dict[str, Any]:
     """Three steps of one model, the last on a batch with fewer images."""
     cfg, record = PAPER_MODELS[name], mode.record
     s = Setting("cuda", "bf16", 1024, 256, (rows,), 0, 1, False)
@@ -164,14 +202,17 @@ def measure(name: str, rows: int, recompute: int, mode: Recording) -> dict[str, 
     torch._dynamo.reset()
     PyCodeCache.cache_clear()  # or what two models share would count for the first alone
     with mode:
-        model = fake_model(cfg)
+        model = fake_model(cfg, parallel)
         model.recompute = recompute
         optimizer = build_optimizer(model, cfg, TrainConfig(lr=1e-4))
         batches = [without_contents(batch, mode) for batch in host]
 
         def step(i: int) -> None:
             balance = cfg.balance_weight if cfg.n_experts else 0.0
-            train_step(model, optimizer, batches[i], precision="bf16", clip=1.0, balance_weight=balance, device="cuda")
+            train_step(
+                model, optimizer, batches[i], precision="bf16", clip=1.0, balance_weight=balance, device="cuda",
+                across=torch.clone if parallel.sharded else None,
+            )  # fmt: skip
 
         record.kernels.clear()
         step(0)
@@ -182,14 +223,16 @@ def measure(name: str, rows: int, recompute: int, mode: Recording) -> dict[str, 
         compiled = dict(record.kernels)
         step(1)
     shape = batch_shape(host[0])
-    predicted = memory_bytes(cfg, rows * s.row_len, "bf16", shape, "cuda", recompute=recompute)["total"]
+    slots, how = rows * s.row_len, {"recompute": recompute, "shards": parallel.shards}
+    predicted = memory_bytes(cfg, slots, "bf16", shape, "cuda", **how)["total"]
     work = flops(cfg, shape)["total"]
     least = work / PEAK + moved / BANDWIDTH
     return {
         "name": name,
         "rows": rows,
-        "slots": rows * s.row_len,
+        "slots": slots,
         "recompute": recompute,
+        "ranks": parallel.ranks,
         "shape": asdict(shape),
         "kernels": len(compiled),
         "shared_memory": max(compiled.values()),
@@ -206,9 +249,12 @@ def measure(name: str, rows: int, recompute: int, mode: Recording) -> dict[str, 
     }
 
 
-def fake_model(cfg: ModelConfig) -> Any:
-    with torch.device("cuda"):
+def fake_model(cfg: ModelConfig, parallel: Parallel) -> Any:
+    with torch.device("meta" if parallel.sharded else "cuda"):
         model = Decoder(cfg)
+    if parallel.sharded:
+        parallel.shard(model)
+        model.to_empty(device="cuda")
     for p in model.parameters():
         with torch.no_grad():
             p.zero_()
@@ -234,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--recompute", type=int, default=0, metavar="K", help="blocks that are computed twice")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--ranks", type=int, default=1, metavar="R", help="ranks that share the model")
     args = parser.parse_args(argv)
     names = args.models.split(",")
     if unknown := [name for name in names if name not in PAPER_MODELS]:
@@ -241,10 +288,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = Record()
     mode = Recording(record)
     gpu_stand_in.install(record.kernels.__setitem__, mode)
-    watch_triton(record)
+    watch(record)
+    parallel = first_of(args.ranks)
     rows = []
     for name in names:
-        rows.append(measure(name, args.rows, args.recompute, mode))
+        rows.append(measure(name, args.rows, args.recompute, parallel, mode))
         print(line(rows[-1]), flush=True)
         gc.collect()
     content = {"torch": torch.__version__, "peak": PEAK, "bandwidth": BANDWIDTH, "rows": rows}

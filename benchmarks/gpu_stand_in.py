@@ -110,8 +110,7 @@ def _runtime() -> None:
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
     }.items():
         setattr(cuda, name, lambda *args, value=value, **named: value)
-    cuda.device = cuda._DeviceGuard = _Nothing
-    cuda.Event = _Nothing
+    cuda.device = cuda._DeviceGuard = cuda.Event = cuda.Stream = cuda.stream = cuda.current_stream = _Nothing
     for name in ("getCurrentRawStream", "getDevice", "exchangeDevice", "maybeExchangeDevice"):
         setattr(torch._C, f"_cuda_{name}", lambda *args: 0)
     accelerator: Any = torch.accelerator
@@ -120,7 +119,7 @@ def _runtime() -> None:
 
 
 class _Nothing:
-    """Whatever is made of it or done with it does nothing."""
+    """Whatever is done with it does nothing and returns it."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         pass
@@ -131,8 +130,8 @@ class _Nothing:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **named: None
+    def __getattr__(self, name: str) -> Callable[..., _Nothing]:
+        return lambda *args, **named: self
 
 
 def _triton(on_kernel: Callable[[str, int], None]) -> None:

@@ -79,7 +79,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_ranks(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """on_ranks(n, jobs) -> for each job what each rank said: "done", "interrupted" or an error."""
 
-    def go(ranks: int, jobs: list[dict[str, Any]]) -> list[list[str]]:
+    def go(ranks: int, jobs: list[dict[str, Any]], warnings: str = "error") -> list[list[str]]:
         from torch.distributed import TCPStore
 
         path = tmp_path_factory.mktemp("jobs") / "jobs.json"
@@ -90,7 +90,7 @@ def on_ranks(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
         meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         env = {**os.environ, "OMP_NUM_THREADS": "1", "ISOFUSION_CACHE": str(cache), **meet}
         program = str(Path(__file__).with_name("ranks.py"))
-        command = [sys.executable, "-W", "error", program, str(path), str(ranks)]
+        command = [sys.executable, "-W", warnings, program, str(path), str(ranks)]
         with started(command, env) as process:
             output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-5000:]

@@ -105,13 +105,17 @@ def memory_bytes(
     recompute: int = 0,
     compiled: bool | None = None,
     native: bool = True,
+    shards: int = 1,
 ) -> dict[str, float]:
     """Bytes of one device at the worst moment of a step, by what they are for; "total" is their sum.
 
     `slots` of one micro-batch, padding included (on a CPU it costs nothing); `shape`: what it holds (default: the
     paper's mixture, no padding).
     `recompute`: blocks whose activations are computed again in the backward pass. `compiled`: a GPU's default.
-    `native`: on a CPU, whether the kernels of native.py run (in bf16: its products too).
+    `native`: on a CPU, whether the kernels of native.py run (in bf16: its products too). `shards`: ranks that keep a
+    part each of weights, moments and gradients; "whole" is then what one gathers of the others' parts (embedding and
+    head from the forward to the end of the backward pass, two blocks at a time) and a block's gradient before it is
+    summed.
     """
     shape = shape or nominal_shape(slots)
     cpu = device == "cpu"
@@ -155,40 +159,30 @@ def memory_bytes(
         ends, piece = cfg.vocab_size * d, min(LOGITS if cpu else 0.0 if compiled else LOGITS_GPU, logits / 4)
         softmax = logits / 2 + (4 * ends if native else 2 * ends + max((10.0 if cpu else 17.0) * piece, 6.0 * ends))
     kept = shared + front + top + sum(b.kept for b in layers)
-    gradients = 4.0 * cfg.vocab_size * d
-    # the head's gradient is there at its second chunk
-    moments = [(kept, softmax, gradients if shape.targets * cfg.vocab_size > chunk else 0.0)]
+    head = 4.0 * cfg.vocab_size * d  # bytes of its gradient, which is there at its second chunk; of it or the embedding
+    # the moments of a step: kept, held, gradients that ranks share, gradients that they do not yet, gathered
+    late_head = head if shape.targets * cfg.vocab_size > chunk else 0.0
+    moments = [(kept, softmax, 0.0, late_head, 2 * head + 2 * layers[-1].gradients)]
+    shared_gradients = 0.0
     for layer in reversed(layers):
-        moments.append((kept - (0.0 if layer is layers[-1] else top), layer.held, gradients))
+        before = kept - (0.0 if layer is layers[-1] else top)
+        moments.append((before, layer.held, shared_gradients, head, 2 * head + 3 * layer.gradients))
         kept -= layer.kept
-        gradients += layer.gradients
-    moments.append((kept - top, 0.0, 4.0 * n.n_total))
-    kept, held, gradients = max(moments, key=sum)
+        shared_gradients += layer.gradients
+    moments.append((kept - top, 0.0, 4.0 * n.n_total - 2 * head, 2 * head, 2 * head))
+    sharded = shards > 1
+    worst = max(moments, key=lambda m: m[0] + m[1] + m[2] / shards + m[3] + m[4] * sharded)
+    kept, held, shared_gradients, whole_gradients, gathered = worst
     batch = 0.0 if cpu else slots * 40.0 + patches * (cfg.patch_dim + 8.0)
     parts = {
-        "weights": 4.0 * n.n_total,
-        "adam": 8.0 * n.n_total,
-        "gradients": gradients,
+        "weights": 4.0 * n.n_total / shards,
+        "adam": 8.0 * n.n_total / shards,
+        "gradients": shared_gradients / shards + whole_gradients,
         "activations": kept,
         "transient": held,
         "batch": batch,
     }
+    if sharded:
+        parts["whole"] = gathered
     parts["total"] = sum(parts.values())
     return parts
-
-
-def per_rank(parts: dict[str, float], cfg: ModelConfig, shards: int) -> dict[str, float]:
-    """`memory_bytes` of a rank that keeps 1 / shards of the weights, moments and gradients; `whole`: what it gathers.
-
-    Gathered are the embedding and the head from the forward to the backward pass, and two blocks at a time (the one
-    that runs and the next), with their gradients before these are summed. Not measured on GPUs.
-    """
-    if shards == 1:
-        return parts
-    n = count_parameters(cfg)
-    ends = 2 * cfg.vocab_size * cfg.width
-    block = (n.n_total - n.n_encoder - ends) / cfg.depth
-    out = {name: bytes_ / (shards if name in ("weights", "adam", "gradients") else 1) for name, bytes_ in parts.items()}
-    out["whole"] = 8.0 * (ends + 2 * block)
-    out["total"] = sum(value for name, value in out.items() if name != "total")
-    return out

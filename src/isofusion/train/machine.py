@@ -120,14 +120,14 @@ def fit_memory(
     shares of the whole step, so they recompute first. `micro_rows` fixes the rows. Raises InputError when nothing fits.
     """
     from isofusion.model import native
-    from isofusion.model.memory import memory_bytes, per_rank
+    from isofusion.model.memory import memory_bytes
 
     kernels = device == "cpu" and (native.multiplies() if precision == "bf16" else native.available())
     layers = cfg.depth + (cfg.encoder_layers if cfg.fusion == "late" else 0)
 
     def peak(r: int, k: int) -> float:
-        parts = memory_bytes(cfg, r * row_len, precision, device=device, recompute=k, compiled=compiled, native=kernels)
-        return per_rank(parts, cfg, shards)["total"]
+        how: dict[str, Any] = {"device": device, "recompute": k, "compiled": compiled, "native": kernels}
+        return memory_bytes(cfg, r * row_len, precision, **how, shards=shards)["total"]
 
     def least(r: int) -> int | None:
         """The fewest blocks to recompute with micro-batches of r rows."""
