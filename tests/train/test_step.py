@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
+import torch.distributed as dist  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from isofusion.config import DataConfig, ModelConfig, TrainConfig  # noqa: E402
@@ -18,7 +20,8 @@ from isofusion.data.batch import PackedBatch  # noqa: E402
 from isofusion.data.stream import Stream  # noqa: E402
 from isofusion.model.decoder import Decoder  # noqa: E402
 from isofusion.model.init import init_weights  # noqa: E402
-from isofusion.train.optimizer import AdamW, build_optimizer  # noqa: E402
+from isofusion.train.optimizer import AdamW, build_optimizer, is_shared, own_part  # noqa: E402
+from isofusion.train.parallel import Parallel  # noqa: E402
 from isofusion.train.step import (  # noqa: E402
     StepResult,
     choose_precision,
@@ -284,3 +287,35 @@ def test_the_gpu_path_takes_the_same_steps_and_refuses_bad_ones_for_good(rows: P
     step_on_device(optimizer, 1.0, torch.zeros(2))  # a good step after a bad one: the caller has not looked yet
     assert all(torch.equal(p, other) for p, other in zip(model.parameters(), ends[1], strict=True))
     assert optimizer.found_inf.item() == 1.0
+
+
+@pytest.fixture
+def alone() -> Iterator[Parallel]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Parallel(0, 1, "cpu", mesh=dist.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",)))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_gpu_path_takes_the_same_steps_with_parameters_that_ranks_share(rows: PackedBatch, alone: Parallel) -> None:
+    """One rank of one: FSDP2's parameters, all of each in its part."""
+    batch, cfg = rows.torch(), tiny("early")
+    ends = []
+    for shared in (False, True):
+        model, _ = built(cfg)
+        if shared:
+            alone.shard(model)
+        optimizer = build_optimizer(model, cfg, TrainConfig(lr=1e-2))
+        for _ in range(3):
+            optimizer.zero_grad()
+            nll, _ = model.token_losses(batch)
+            nll.mean().backward()
+            step_on_device(optimizer, 1e-3, nll.detach().sum())
+        ends.append([own_part(p).detach().clone() for p in model.parameters()])
+        assert any(is_shared(p) for p in model.parameters()) == shared
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*ends, strict=True))
+    step_on_device(optimizer, 1.0, torch.tensor([math.nan, 0.0]))
+    step_on_device(optimizer, 1.0, torch.zeros(2))
+    assert all(torch.equal(own_part(p), end) for p, end in zip(model.parameters(), ends[1], strict=True))
+    assert {state["step"].item() for state in optimizer.state.values()} == {3.0}

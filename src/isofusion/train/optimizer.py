@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from isofusion.config import ModelConfig, TrainConfig
 from isofusion.model import native
@@ -57,7 +58,8 @@ def param_groups(
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, state and all; by the kernels of native.py where all its tensors are plain ones on the CPU.
 
-    `grad_scale` is torch's: gradients are divided by it on the way, which clips them without a pass over memory.
+    `grad_scale` is torch's: gradients are divided by it on the way, which clips them without a pass over memory. Of
+    parameters that ranks share each rank updates its part, which torch's own step refuses to scale.
     """
 
     grad_scale: Tensor | None = None
@@ -69,28 +71,71 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        members = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        members = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        parts = [(own_part(p), own_part(p.grad)) for p, _ in members if p.grad is not None]
         refusing = getattr(self, "found_inf", None) is not None
-        if closure is not None or refusing or not all(_native(p, grad) for p, grad, _ in members):
+        by_kernels = not refusing and all(_native(parameter, grad) for parameter, grad in parts)
+        if closure is not None or not (by_kernels or any(is_shared(p) for p, _ in members)):
             return super().step(closure)
-        scale = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
-        for parameter, grad, group in members:
-            state = self.state[parameter]
-            if not state:
+        for (parameter, _), (part, _) in zip(members, parts, strict=True):
+            if not self.state[parameter]:
                 moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                state.update(step=torch.zeros(()), **moments)
+                self.state[parameter].update(step=torch.zeros((), device=part.device), **moments)
+        (self._by_kernels if by_kernels else self._by_torch)(members)
+        # what a backward pass had saved of them is gone
+        torch.autograd.graph.increment_version([p for p, _ in members])
+        return None
+
+    def _by_kernels(self, members: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        scale = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        for parameter, group in members:
+            state = self.state[parameter]
             state["step"] += 1
+            assert parameter.grad is not None
             native.adamw_(
-                *(parameter, grad, state["exp_avg"], state["exp_avg_sq"]),
+                *(own_part(x) for x in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])),
                 step=int(state["step"]),
                 scale=scale,
                 **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
             )
-        torch.autograd.graph.increment_version([p for p, *_ in members])  # what was saved for a backward pass is gone
-        return None
+
+    def _by_torch(self, members: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        for group in self.param_groups:
+            mine = [p for p, of in members if of is group]
+            state = [self.state[p] for p in mine]
+            beta1, beta2 = group["betas"]
+            adamw(
+                [own_part(p) for p in mine],
+                [own_part(p.grad) for p in mine if p.grad is not None],
+                [own_part(s["exp_avg"]) for s in state],
+                [own_part(s["exp_avg_sq"]) for s in state],
+                [],
+                [s["step"] for s in state],
+                fused=True,
+                grad_scale=self.grad_scale,
+                found_inf=getattr(self, "found_inf", None),
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
 
-def _native(parameter: nn.Parameter, grad: Tensor) -> bool:
+def is_shared(tensor: Tensor) -> bool:
+    """Whether ranks have a part each."""
+    return hasattr(tensor, "to_local")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that ranks share, else the tensor."""
+    local: Tensor = tensor.to_local() if is_shared(tensor) else tensor  # type: ignore[attr-defined]
+    return local
+
+
+def _native(parameter: Tensor, grad: Tensor) -> bool:
     floats = parameter.dtype == grad.dtype == torch.float32
     return floats and parameter.is_contiguous() and native.serves(parameter, grad)
 

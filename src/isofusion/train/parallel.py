@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from isofusion.config import RunConfig
 from isofusion.errors import InputError, RunFailure
 from isofusion.train.machine import Machine
+from isofusion.train.optimizer import own_part
 
 Result = TypeVar("Result")
 TIMEOUT_S = 600.0
@@ -132,7 +133,7 @@ class Parallel:
         with torch.no_grad():
             values = initial_values(shapes, config.model, config.seed)
             for (_, value), parameter in zip(values, model.parameters(), strict=True):
-                _own_part(parameter).copy_(_own_part(_laid_out(value, parameter)))
+                own_part(parameter).copy_(own_part(_laid_out(value, parameter)))
         return model
 
     def shard(self, model: nn.Module) -> None:
@@ -218,11 +219,6 @@ def _sum(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total
-
-
-def _own_part(parameter: Tensor) -> Tensor:
-    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return local
 
 
 def _laid_out(value: Tensor, like: Any) -> Tensor:

@@ -18,12 +18,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from isofusion.data.batch import PackedBatch
 from isofusion.data.sample import DOMAINS
 from isofusion.model import native
-from isofusion.train.optimizer import AdamW
+from isofusion.train.optimizer import AdamW, is_shared, own_part
 
 Across = Callable[[Tensor], Tensor]
 
@@ -123,33 +124,41 @@ def total_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros((), device=parameters[0].device)
-    if all(type(g) is Tensor and g.dtype == torch.float32 for g in grads) and native.serves(*grads):
-        return torch.tensor(native.norm(grads))  # PyTorch's is twice as slow there, and off by 1e-5 from a million on
+    parts = [own_part(g) for g in grads]
+    if all(type(x) is Tensor and x.dtype == torch.float32 for x in parts) and native.serves(*parts):
+        # PyTorch's is twice as slow there, and off by 1e-5 from a million on
+        return _norm_of_all(native.norm(parts), grads[0])
     norm = torch.nn.utils.get_total_norm(grads, foreach=not grads[0].is_meta)
     whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients sharded over ranks
     return whole
 
 
+def _norm_of_all(norm: float, grad: Tensor) -> Tensor:
+    """The norm of all ranks' parts from this rank's; `grad`: one of the gradients."""
+    if not is_shared(grad):
+        return torch.tensor(norm)
+    mesh: Any = grad.device_mesh  # type: ignore[attr-defined]
+    squares = torch.tensor(norm, dtype=torch.float64) ** 2
+    dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))  # replicas, the axis before, have the same parts
+    return squares.sqrt().float()
+
+
 def clip_and_step(optimizer: torch.optim.Optimizer, clip: float, norm: Tensor) -> None:
     """Update with gradients scaled down to a global norm of `clip`; `norm`: what it is, finite, on their device."""
-    if isinstance(optimizer, AdamW) and not _sharded(optimizer):
+    if isinstance(optimizer, AdamW):
         optimizer.grad_scale = (norm.float() / clip).clamp(min=1.0)
         try:
             optimizer.step()
         finally:
             optimizer.grad_scale = None
         return
-    if float(norm) > clip:  # the fused kernel takes no plain scale beside sharded tensors
+    if float(norm) > clip:
         torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip, norm, foreach=True)
     optimizer.step()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _sharded(optimizer: torch.optim.Optimizer) -> bool:
-    return any(hasattr(p, "full_tensor") for p in _parameters(optimizer))
 
 
 def step_on_device(optimizer: torch.optim.Optimizer, clip: float, checked: Tensor) -> Tensor:
@@ -210,10 +219,10 @@ def train_step(
     numbers = torch.cat((torch.stack((_sum(losses), _sum(balances))).double(), _sum(sums)))
     if across is not None:
         numbers = across(numbers)
-    waits = device == "cpu" or _sharded(optimizer)
-    norm = total_norm(optimizer) if waits else step_on_device(optimizer, clip, numbers[:2])
+    on_cpu = device == "cpu"
+    norm = total_norm(optimizer) if on_cpu else step_on_device(optimizer, clip, numbers[:2])
     result = StepResult(torch.cat((numbers[:2], norm.double().view(1), numbers[2:])))
-    if waits and result.finite:
+    if on_cpu and result.finite:
         clip_and_step(optimizer, clip, norm)
     return result
 

@@ -1,4 +1,4 @@
-"""Compiled blocks under FSDP2, as on GPUs: whole blocks with their gathers around them, and the losses of one process."""
+"""Compiled blocks under FSDP2, as on GPUs: whole blocks, gathers around them, and the losses of one process."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,25 @@ def test_a_rank_without_images_does_not_hang(seen: Seen, cache: Path, monkeypatc
     assert {pair.index(0) for pair in images} == {0, 1}  # and not always the same
 
 
-def test_evaluation_of_a_sharded_model(seen: Seen) -> None:
-    one, two = (json.loads((root / BRANCH.name / "eval.json").read_text()) for root in (seen.one, seen.two))
-    assert two["mean"] == pytest.approx(one["mean"], abs=1e-5)
-    assert two["domains"]["caption"]["blind"] == pytest.approx(one["domains"]["caption"]["blind"], abs=1e-5)
-    with np.load(seen.one / BRANCH.name / "eval_docs.npz") as a, np.load(seen.two / BRANCH.name / "eval_docs.npz") as b:
+def test_evaluation_of_a_sharded_model(
+    seen: Seen, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks' own weights, evaluated by one process: those of two trainings differ by rounding, losses too."""
+    monkeypatch.setenv("ISOFUSION_CACHE", str(cache))
+    again = tmp_path / BRANCH.name
+    shutil.copytree(seen.two / BRANCH.name, again)
+    for name in ("DONE", "eval.json", "eval_docs.npz"):
+        (again / name).unlink()
+    assert seen.alone(BRANCH, tmp_path) == "done"
+    one, two = (json.loads((folder / "eval.json").read_text()) for folder in (again, seen.two / BRANCH.name))
+    assert two["mean"] == pytest.approx(one["mean"], abs=1e-6)
+    for kind in ("loss", "blind"):
+        assert two["domains"]["caption"][kind] == pytest.approx(one["domains"]["caption"][kind], abs=1e-6)
+    with np.load(again / "eval_docs.npz") as a, np.load(seen.two / BRANCH.name / "eval_docs.npz") as b:
         assert a.files == b.files
-        assert all(np.allclose(a[name], b[name], atol=1e-3) for name in a.files)
+        assert all(np.allclose(a[name], b[name], atol=1e-4) for name in a.files)
+    trained = json.loads((seen.one / BRANCH.name / "eval.json").read_text())
+    assert two["mean"] == pytest.approx(trained["mean"], abs=1e-5)
 
 
 def test_hybrid_sharding(seen: Seen) -> None:

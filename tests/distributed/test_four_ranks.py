@@ -75,16 +75,35 @@ s16 = { width = 16 }
 
 @pytest.mark.parametrize("arm", ["early", "late", "moe"])
 def test_fifty_updates_on_two_and_four_ranks(arm: str, tmp_path: Path, cache: Path, on_ranks: Any) -> None:
+    """Ranks are one process that takes a step in as many micro-batches: losses within 1e-5 at every update.
+
+    That process is not itself within 1e-5 when it takes a step at once: late fusion multiplies the rounding of such a
+    sum a hundred times around update 30. Ranks may be no further from it than twice what micro-batches are.
+    """
     run = run_config(arm, 50, train=FOUR)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ISOFUSION_CACHE", str(cache))
-        assert two.Seen.alone(run, tmp_path / "1") == "done"
+        assert two.Seen.alone(run, tmp_path / "whole") == "done"
+        for parts in (2, 4):
+            patch.setenv("ISOFUSION_MICRO_ROWS", str(FOUR["rows_per_step"] // parts))
+            assert two.Seen.alone(run, tmp_path / f"in {parts}") == "done"
     assert on_ranks(2, [job(run, tmp_path / "2")]) == [["done"] * 2]
     assert on_ranks(4, [job(run, tmp_path / "4"), job(run, tmp_path / "2x2", replicas=2)]) == [["done"] * 4] * 2
-    for ranks in ("2", "4", "2x2"):
-        assert_equal(tmp_path / "1", tmp_path / ranks, run)
-        pairs = zip(*(lines(tmp_path / n / run.name) for n in ("1", ranks)), strict=True)
-        print(arm, ranks, "ranks: largest difference of the loss", max(abs(a["loss"] - b["loss"]) for a, b in pairs))
+    whole = lines(tmp_path / "whole" / run.name)
+    for ranks, parts in (("2", 2), ("4", 4), ("2x2", 4)):
+        ours, split = (lines(tmp_path / name / run.name) for name in (ranks, f"in {parts}"))
+        assert [[line[key] for key in two.SAME] for line in ours] == [[line[key] for key in two.SAME] for line in whole]
+        for key in two.CLOSE:
+            rounding = largest(split, whole, key)
+            assert largest(ours, whole, key) <= max(1e-5, 2 * rounding), (ranks, key)
+        assert largest(ours, split, "loss") <= 1e-5
+        print(arm, ranks, "ranks: largest difference of the loss", largest(ours, split, "loss"), end=" ")
+        print("from one process with micro-batches,", largest(ours, whole, "loss"), "without")
+
+
+def largest(a: list[dict[str, Any]], b: list[dict[str, Any]], key: str) -> float:
+    """Difference of a number that every update of two runs has."""
+    return max(abs((x[key] or 0.0) - (y[key] or 0.0)) for x, y in zip(a, b, strict=True))
 
 
 def test_four_ranks_then_two_then_one(tmp_path: Path, cache: Path, on_ranks: Any) -> None:
