@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -65,6 +66,14 @@ def test_an_odd_run_is_named_with_what_it_does_to_the_intervals(truth: Params) -
     assert "intervals rest on a spread of 2.4 %, 0.19 % without" in told
     assert said(fit_law(runs), "odd-run") == []
     assert any(w["code"] == "odd-run" for w in analyse(runs.with_loss(wrong), draws=0).warnings())
+
+
+def test_a_third_of_the_laws_loss_is_67_percent_below_it(truth: Params) -> None:
+    runs = grid(truth, lambda n, d: np.full(len(n), 0.002))
+    wrong = runs.loss.copy()
+    wrong[13] /= 3.0
+    (told,) = said(fit_law(runs.with_loss(wrong)), "odd-run")
+    assert re.search(r" is 66\.\d % below the law", told)
 
 
 def test_a_run_that_decides_an_exponent_is_named(truth: Params) -> None:

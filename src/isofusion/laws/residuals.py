@@ -63,7 +63,7 @@ def _odd_warning(runs: Runs, residuals: Array, free: int, odd: npt.NDArray[np.in
         return None
     far = np.abs(residuals) / max(robust_spread(residuals, free), 1e-12)
     listed = "; ".join(
-        f"{_name(runs, i)} is {100 * math.expm1(abs(residuals[i])):.3g} % {'above' if residuals[i] > 0 else 'below'} "
+        f"{_name(runs, i)} is {100 * abs(math.expm1(residuals[i])):.3g} % {'above' if residuals[i] > 0 else 'below'} "
         f"the law ({far[i]:.0f} times the usual spread)"
         for i in odd[:MOST]
     )
