@@ -49,6 +49,8 @@ def test_a_loss_may_have_decimal_commas_that_are_clear() -> None:
         ("params", ["0,125B", "1,250,000"], "'0,125B' is not clear"),
         ("params", ["3,14", "1.250"], "'3,14' is not a number"),
         ("params", ["1,30,000", "1,300B"], "'1,30,000' is not a number"),
+        ("params", ["12.34,5B", "0,125B"], "'12.34,5B' is not a number"),
+        ("loss", ["3.01,5", "3,14"], "'3.01,5' is not a number"),  # no 301.5
         ("loss", ["3,250", "3,125"], "write 3.25, not 3,25"),
         ("loss", ["3,25", "1.250"], "write 3.25, not 3,25"),
         ("loss", ["1,250,000", "3.5"], "write 3.25, not 3,25"),

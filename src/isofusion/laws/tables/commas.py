@@ -57,7 +57,9 @@ def settle(cells: Sequence[Any], role: str, column: str, notes: list[str]) -> Se
             return cells
         dots = ", dots separate thousands" if {"dotted comma", "either point"} & set(kinds) else ""
         notes.append(f"column '{column}': commas are decimal marks{dots}, as '{comma}' shows")
-        return [_number(cell, ".", ",") if is_ else cell for cell, is_ in zip(cells, kinds, strict=True)]
+        return [
+            _number(cell, ".", ",") if is_ not in ("", "odd") else cell for cell, is_ in zip(cells, kinds, strict=True)
+        ]
     if grouped and not comma and role in COUNTS:
         doubtful = [cell for cell, is_ in zip(cells, kinds, strict=True) if is_ == "either comma"]
         if any(parse(cell, role)[1] for cell in doubtful):
