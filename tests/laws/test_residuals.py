@@ -13,7 +13,7 @@ from isofusion.laws.basis import of_fit
 from isofusion.laws.bootstrap import bootstrap
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.forms import Params
-from isofusion.laws.residuals import pull_warning, pulls
+from isofusion.laws.residuals import pull_warning, pulls, residual_warnings
 from isofusion.laws.table import Array, Runs
 
 
@@ -44,6 +44,15 @@ def test_rarely_told_without_cause(truth: Params) -> None:
     """At p < 0.01 for N and for D at most about 2 of 100 even tables."""
     odd = [fit_law(grid(truth, lambda n, d: np.full(len(n), 0.002), seed=s), grid=6).warnings for s in range(60)]
     assert sum(any(w.code in ("uneven-spread", "odd-run") for w in found) for found in odd) <= 4
+
+
+def test_rounding_of_a_table_made_from_a_law_is_no_uneven_spread(truth: Params) -> None:
+    """Residuals of 1e-16 differ with N as rounding does; those of a third may all be zero."""
+    runs = grid(truth, lambda n, d: np.zeros(len(n)))
+    for grows in (np.geomspace(1e-16, 1e-14, len(runs)), np.where(runs.n > 1e9, 1e-15, 0.0)):
+        assert residual_warnings(runs, grows, 5) == []
+    (told,) = residual_warnings(runs, np.where(runs.n > 1e9, 1e-3 * np.arange(1.0, 65.0), 0.0), 5)
+    assert told.code == "uneven-spread"
 
 
 def test_rows_of_a_trunk_are_no_independent_witnesses(truth: Params) -> None:

@@ -90,10 +90,11 @@ def uneven_spread(runs: Runs, residuals: Array) -> FitWarning | None:
         rank = float(np.corrcoef(_ranks(values), _ranks(at))[0, 1])
         z = math.atanh(max(-0.999999, min(0.999999, rank))) * math.sqrt((len(values) - 3) / 1.06)
         low, high = (
-            float(np.mean(values[part])) for part in (at <= np.quantile(at, 1 / 3), at >= np.quantile(at, 2 / 3))
+            max(float(np.mean(values[part])), EXACT)
+            for part in (at <= np.quantile(at, 1 / 3), at >= np.quantile(at, 2 / 3))
         )
-        ratio = high / max(low, 1e-300)
-        if abs(z) > SURE and max(ratio, 1.0 / max(ratio, 1e-300)) >= UNEVEN and (ratio > 1) == (rank > 0):
+        ratio = high / low
+        if abs(z) > SURE and max(ratio, 1 / ratio) >= UNEVEN and (ratio > 1) == (rank > 0):
             which = "largest" if ratio > 1 else "smallest"
             told.append(
                 f"residuals of the {which} third of the {word} are {max(ratio, 1 / ratio):.2g} times those of the "
