@@ -214,6 +214,8 @@ def test_a_bare_name_is_found_in_a_folder_of_pictures_where_it_is_the_only_one(f
     assert _pictures(files, tmp_path, members) == ({}, {"ambiguous image": 1})
     members = [("b/x.0.jpg", 1), ("b/x.json", _document("x.0.jpg")), ("a/x.json", _document("x.0.jpg"))]
     assert _pictures(files, tmp_path, members) == ({"b/x": [1]}, {"missing image": 1})
+    members = [("x.0.jpg", 1), ("x.json", _document("x.0.jpg")), ("a/x.json", _document("x.0.jpg"))]
+    assert _pictures(files, tmp_path, members) == ({"x": [1]}, {"missing image": 1})
 
 
 def test_members_that_are_there_twice_are_counted(files, tmp_path):

@@ -26,7 +26,7 @@ from isofusion.data.sample import BadSample, Found, Segments
 from isofusion.errors import InputError
 
 VERSION = 1
-RULES = 4  # by which a sample is good; an index made by earlier ones is made again
+RULES = 5  # by which a sample is good; an index made by earlier ones is made again
 EXAMPLES = 10  # bad samples named per file, at most three per reason
 LONG_PARAGRAPH = 80  # characters; shorter paragraphs repeat by chance
 

@@ -49,23 +49,30 @@ class Pictures:
         """The picture that document `key` calls `name`. Raises BadSample where there is none, or no telling which.
 
         As written, from the document's folder and then from the root; else blind to case; else, for a bare name, in any
-        folder. The last two are guesses: they want one candidate alone, and none that is another document's.
+        folder. The last two are guesses, as is the root for a bare name: they want one candidate alone, and none that
+        is another document's.
         """
         if not isinstance(name, str):
             raise BadSample(key, "wrong type", f"an image name is {type(name).__name__}")
         paths = [exact(f"{posixpath.dirname(key)}/{name}"), exact(name)]
-        for path in paths:
+        own = [path for path in paths if path == paths[0] or "/" in path or self._free(key, path)]
+        for path in own:
             if path in self._places:
                 return self._only(key, path)
         guesses = [self._blind.get(path.lower(), []) for path in paths]
         guesses += [self._bare.get(name.lower(), [])] if "/" not in name else []
         for some in guesses:
-            free = [path for path in some if (owner := self._owner(path)) == exact(key) or owner not in self.documents]
+            free = [path for path in some if self._free(key, path)]
             if len(free) > 1:
                 raise BadSample(key, "ambiguous image", f"{name} may be {' or '.join(free[:3])}")
             if free:
                 return self._only(key, free[0])
         raise BadSample(key, "missing image", f"no member {name}")
+
+    def _free(self, key: str, path: str) -> bool:
+        """Whether a picture lies beside no other document than `key`."""
+        owner = self._owner(path)
+        return owner == exact(key) or owner not in self.documents
 
     @staticmethod
     def _owner(path: str) -> str:
