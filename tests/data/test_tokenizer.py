@@ -92,6 +92,13 @@ def test_bytes_leave_reserved_tokens_out_and_unknown_ones_leave_them_open(kind):
     assert tok.n_bytes(tok.encode("a zzz b")) is None
 
 
+def test_an_end_token_that_is_the_unknown_token_too_is_an_end():
+    spec = json.loads(train(300, lambda: TEXT, "c").content)
+    spec["model"]["unk_token"] = "<eos>"
+    tok = JsonTokenizer(json.dumps(spec))
+    assert tok.n_bytes(np.array([tok.bos_id, *tok.encode("café"), tok.eos_id])) == 5
+
+
 def test_an_ordinary_end_token_of_a_byte_level_model_spells_no_bytes():
     spec = json.loads(train(300, lambda: TEXT, "c").content)
     spec["added_tokens"] = []

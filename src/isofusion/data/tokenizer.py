@@ -76,7 +76,9 @@ class JsonTokenizer:
         spec = json.loads(tok.to_str())
         self.digest = hashlib.sha256(tok.to_str().encode()).hexdigest()
         self.content = content
-        self._unknown = _unknown(spec["model"], vocabulary)
+        unknown = _unknown(spec["model"], vocabulary)
+        # a file may give both the same token (<|endoftext|>); text becomes no reserved token, so there it is the end
+        self._unknown = None if unknown in self._reserved else unknown
         self._bytes = _byte_lengths(spec, vocabulary, self.vocab_size)
         if self._bytes is not None:
             self._bytes[list(self._reserved)] = 0
