@@ -60,3 +60,11 @@ def test_a_plan_of_a_shuffled_file(simulate: Callable[..., Runs], tmp_path: Path
         found.append(np.concatenate([basis.surface.alpha, basis.draws.alpha, basis.draws.E]))
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_shared_trunks_that_are_called_rows_stay_shared(simulate: Callable[..., Runs]) -> None:
+    runs = tables(simulate)["trunks"]
+    named = dict(zip(np.unique(runs.group), [f"row {i}" for i in range(5)], strict=True))
+    called = Runs.of(runs.n, runs.d, runs.loss, group=[named[g] for g in runs.group])
+    found, order = called.canonical()
+    assert found.group.tolist() == called.group[order].tolist()

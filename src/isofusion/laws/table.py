@@ -202,6 +202,8 @@ class Runs:
             np.asarray(v) for v in (self.n, self.d, self.loss, self.c, self.se, self.oracle, *more) if v is not None
         ]
         own = np.char.startswith(self.group, ROW)
+        if len(np.unique(self.group[own])) < own.sum():  # somebody calls shared trunks so
+            own[:] = False
         order = np.lexsort([np.where(own, ROW, self.group), self.size, self.seed, *numbers[::-1]])
         runs = self.select(order)
         numbered = [f"{ROW}{i}" if own[k] else str(runs.group[i]) for i, k in enumerate(order)]
