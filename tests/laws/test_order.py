@@ -68,3 +68,9 @@ def test_shared_trunks_that_are_called_rows_stay_shared(simulate: Callable[..., 
     called = Runs.of(runs.n, runs.d, runs.loss, group=[named[g] for g in runs.group])
     found, order = called.canonical()
     assert found.group.tolist() == called.group[order].tolist()
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_weights_of_another_length_are_refused(simulate: Callable[..., Runs], length: int) -> None:
+    with pytest.raises(InputError, match="weights must be 20 finite numbers"):
+        analyse_form(tables(simulate)["trunks"], "chinchilla", weights=np.ones(length), draws=0)

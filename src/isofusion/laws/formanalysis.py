@@ -97,7 +97,8 @@ def analyse_form(
     runs, order = runs.canonical(*(np.asarray(more[k], dtype=np.float64) for k in sorted(more)))
     more = {k: np.asarray(v, dtype=np.float64)[order] for k, v in more.items()}
     if weights is not None and not isinstance(weights, str):
-        weights = np.asarray(weights, dtype=np.float64)[order]
+        weights = np.asarray(weights, dtype=np.float64)
+        weights = weights[order] if weights.shape == order.shape else weights  # fit_form refuses the latter
     columns: dict[str, Any] = {k: getattr(runs, k) for k in (*ON_RUNS, "loss")} | more
     if isinstance(weights, str) and weights == "se":
         if runs.se is None:
