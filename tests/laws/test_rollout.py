@@ -85,3 +85,13 @@ def test_refusals(simulate: Callable[..., Runs]) -> None:
         rollout(runs, "d")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="steps = 0"):
         rollout(runs, steps=0)
+
+
+def test_repeated_seeds_without_a_floor_are_no_broken_json(simulate: Callable[..., Runs]) -> None:
+    runs = replace(simulate(np.random.default_rng(0), seeds=(2,) * 6), oracle=None)
+    low = runs.loss.copy()
+    low[0] = 0.3  # below the fitted E of all runs
+    found = rollout(runs.with_loss(low), "n", draws=0).to_dict()
+    assert found["reducible_floor"].startswith("none")
+    assert [step["seeds_averaged"]["mae_reducible"] for step in found["steps"]] == [None] * len(found["steps"])
+    json.dumps(found, allow_nan=False)

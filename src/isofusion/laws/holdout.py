@@ -117,7 +117,7 @@ class HoldOut:
         ratio = float(own[both].mean() / other[both].mean()) if both.any() and other[both].any() else None
         return {
             "cells": len(loss),
-            "mae_reducible": float(own.mean()),
+            "mae_reducible": _plain(float(own.mean())),  # None in a rollout without a floor
             "carry_over": float(other[both].mean()) if both.any() else None,
             "carried_cells": int(both.sum()),
             "law_on_carried": float(own[both].mean()) if both.any() else None,
