@@ -221,6 +221,13 @@ def test_an_interval_has_no_bound_where_draws_reach_the_edge(odd, asked, open_en
     assert all(np.isfinite(plan_end) for key in open_ends for plan_end in make_plan(few, **asked).intervals[key])
 
 
+def test_draws_that_never_reach_the_loss_are_no_numpy_warning() -> None:
+    draws = [(1.9 + e, 260.0, 0.3, 1850.0, 0.335) for e in (0.0, 0.01, 0.02, 0.5)]
+    plan = make_plan(replace(basis("chinchilla"), surface=law_of(USUAL), draws=law_of(*draws)), loss=2.2)
+    assert plan.intervals["n"][1] == np.inf
+    assert [row["extra_interval"][1] for row in plan.curve if row["factor"] != 1] == [np.inf] * 5
+
+
 def test_a_plan_from_runs_has_intervals(simulate: Callable[..., Runs], truth) -> None:
     runs = simulate(np.random.default_rng(0), seeds=(2, 1, 1, 1, 1, 2))
     fit = fit_law(runs)

@@ -70,7 +70,8 @@ class Planner:
 
     def tokens_left(self, total: float | Array, n: Array) -> Array:
         """Training tokens that a total budget leaves at n parameters (0 where inference eats all of it)."""
-        return np.maximum(total / self.rate(n) - self.inference / 3.0, 0.0)
+        with np.errstate(invalid="ignore"):  # of a draw that never reaches the loss: NaN
+            return np.maximum(total / self.rate(n) - self.inference / 3.0, 0.0)
 
     def at_compute(self, total: float | Array) -> Point:
         """Lowest loss at a total budget (scalar or [S])."""
@@ -289,9 +290,9 @@ def _off(planners: list[Planner], points: list[Point], factor: float, level: flo
             more = np.zeros_like(more)
         unknown = (side(best, asked) != 0) & np.isfinite(best.n)  # nothing is known beside an optimum not found
         at, more = np.where(unknown, np.nan, at), np.where(unknown, np.nan, more)
-        found.append(
-            {"n": n, "d": d, "tokens_per_parameter": d / n, "loss": at, "above": at - best.loss, "extra": more}
-        )
+        with np.errstate(invalid="ignore"):
+            ratio, above = d / n, at - best.loss
+        found.append({"n": n, "d": d, "tokens_per_parameter": ratio, "loss": at, "above": above, "extra": more})
     row: dict[str, Any] = {"factor": factor, **{k: float(v[0]) for k, v in found[0].items()}}
     if len(found) > 1:
         row["above_interval"] = _interval(found[1]["above"], level)
