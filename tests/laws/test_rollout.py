@@ -12,7 +12,7 @@ import pytest
 from isofusion.errors import InputError
 from isofusion.laws.fit import fit_law
 from isofusion.laws.holdout import accuracy
-from isofusion.laws.rollout import rollout
+from isofusion.laws.rollout import beaten, rollout
 from isofusion.laws.table import Runs
 
 
@@ -95,3 +95,15 @@ def test_repeated_seeds_without_a_floor_are_no_broken_json(simulate: Callable[..
     assert found["reducible_floor"].startswith("none")
     assert [step["seeds_averaged"]["mae_reducible"] for step in found["steps"]] == [None] * len(found["steps"])
     json.dumps(found, allow_nan=False)
+
+
+def test_where_a_baseline_wins_the_errors_are_written_out_and_differ(simulate: Callable[..., Runs]) -> None:
+    step = rollout(simulate(np.random.default_rng(0), seeds=(1,) * 6), draws=0, steps=1).steps[0]
+
+    def off(law: float, baseline: float) -> str:
+        ours, theirs = (step.floor + (1 + e) * (step.held.loss - step.floor) for e in (law, baseline))
+        return beaten({"each": replace(step, predicted=ours, baselines=dict.fromkeys(step.baselines, theirs))})
+
+    assert "is off by 56 %, the law by 210 % on the same" in off(2.053, 0.56)
+    assert "is off by 3.11 %, the law by 3.14 % on the same" in off(0.0314, 0.0311)
+    assert off(0.03, 0.031) == ""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isofusion.laws.table import Array, Runs
-from isofusion.laws.warn import FitWarning
+from isofusion.laws.warn import FitWarning, percent
 
 if TYPE_CHECKING:
     from isofusion.laws.bootstrap import Intervals
@@ -63,8 +63,8 @@ def _odd_warning(runs: Runs, residuals: Array, free: int, odd: npt.NDArray[np.in
         return None
     far = np.abs(residuals) / max(robust_spread(residuals, free), 1e-12)
     listed = "; ".join(
-        f"{_name(runs, i)} is {100 * abs(math.expm1(residuals[i])):.3g} % {'above' if residuals[i] > 0 else 'below'} "
-        f"the law ({far[i]:.0f} times the usual spread)"
+        f"{_name(runs, i)} is {percent(abs(math.expm1(residuals[i])), digits=3)[0]} % "
+        f"{'above' if residuals[i] > 0 else 'below'} the law ({far[i]:.0f} times the usual spread)"
         for i in odd[:MOST]
     )
     more = f"; and {len(odd) - MOST} more" if len(odd) > MOST else ""
@@ -72,7 +72,7 @@ def _odd_warning(runs: Runs, residuals: Array, free: int, odd: npt.NDArray[np.in
     whole, without = (math.sqrt(float(np.sum(r**2)) / max(1, len(r) - free)) for r in (residuals, rest))
     return FitWarning(
         "odd-run",
-        f"{listed}{more}: intervals rest on a spread of {100 * whole:.2g} %, {100 * without:.2g} % without; "
+        f"{listed}{more}: intervals rest on a spread of {percent(whole)[0]} %, {percent(without)[0]} % without; "
         "check or delete such rows",
     )
 

@@ -18,6 +18,7 @@ from isofusion.errors import InputError
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.holdout import Accuracy, Beside, HoldOut, accuracy, hold_out
 from isofusion.laws.table import SAME, Array, Runs, clusters
+from isofusion.laws.warn import percent
 
 STEPS = 6
 BAND = 2.0  # compute that one step of a rollout over C spans
@@ -194,7 +195,7 @@ def beaten(tests: Mapping[str, HoldOut | Rollout]) -> str:
                 found.append((pair.baseline / pair.law, name, pair))
         if found:
             _, name, pair = min(found)
-            errors = f"{name} is off by {100 * pair.baseline:.2g} %, the law by {100 * pair.law:.2g} %"
+            errors = "{} is off by {} %, the law by {} %".format(name, *percent(pair.baseline, pair.law))
             told.append(f"{what}, {errors} on the same {pair.runs} run{'s' * (pair.runs > 1)}")
     return f"held-out runs are predicted better without the law: {'; '.join(told)}" if told else ""
 

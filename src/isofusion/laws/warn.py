@@ -39,6 +39,15 @@ def extrapolates(decades: float, most: float = DECADES) -> bool:
     return decades > most + 1e-9
 
 
+def percent(*shares: float, digits: int = 2) -> list[str]:
+    """Shares in per cent, in full and to so many digits: to more where they would look equal and are not."""
+    for more in range(digits, 17):
+        told = [f"{100 * share:.{more}g}" for share in shares]
+        if len(set(told)) == len(set(shares)):
+            break
+    return [f"{float(text):.0f}" if "e+" in text else text for text in told]
+
+
 @dataclass(frozen=True)
 class FitWarning:
     """Something a reader of the fit must know: a code for programs, a sentence for people."""
