@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from isofusion.errors import InputError
+from isofusion.laws.tables.choose import pooled
 from isofusion.laws.tables.readers import read_runs
 
 PAIRS = list(itertools.product((1e8, 2e8, 4e8), (1e9, 4e9)))
@@ -42,6 +45,13 @@ def test_columns_that_name_sizes_runs_or_one_arm_are_no_arms() -> None:
     few = TABLE | {"architecture": ["early"] * 9 + ["late"] * 3}
     assert read_runs(few)[1] == []
     assert read_runs(TABLE, columns={"group": "architecture"})[1] == []
+
+
+def test_a_column_of_ever_new_names_costs_no_square_of_the_rows() -> None:
+    rows = 20_000
+    started = time.process_time()
+    assert pooled({"experiment": [f"experiment {i}" for i in range(rows)]}, np.geomspace(1e7, 1e9, rows)) is None
+    assert time.process_time() - started < 1.0
 
 
 def test_rows_are_chosen_by_column_and_value() -> None:

@@ -111,13 +111,9 @@ def pooled(arms: Mapping[str, Sequence[str]], n: Array) -> str | None:
     """A note where rows of several arms are fitted as one. arms: column to its cells, row for row with n [m]."""
     found: dict[str, Counter[str]] = {}
     for column, cells in arms.items():
-        values = np.asarray(cells)
-        full = [
-            str(v)
-            for v in dict.fromkeys(cells)
-            if (values == v).sum() >= ENOUGH_RUNS and distinct(n[values == v]) >= ENOUGH_SIZES
-        ]
-        if len(full) > 1:
+        _, value, count = np.unique(np.asarray(cells), return_inverse=True, return_counts=True)
+        parts = np.split(n[np.argsort(value, kind="stable")], np.cumsum(count)[:-1])  # N of each value's runs
+        if sum(len(part) >= ENOUGH_RUNS and distinct(part) >= ENOUGH_SIZES for part in parts) > 1:
             found[column] = Counter(cells)
     if not found:
         return None
