@@ -151,3 +151,11 @@ def test_an_optimum_that_is_no_size_breaks_neither_sentence_nor_json(
         assert said["undetermined"]
     if smallest == 1e-300:
         assert said["spread"] is None
+
+
+def test_a_best_size_of_zero_is_no_numpy_warning() -> None:
+    """Losses that rise with N and D: with E = 0 the best size is too small for a number."""
+    n, d = np.repeat([1e8, 2e8, 3e8, 4e8], 3), np.tile([1e9, 2e9, 3e9], 4)
+    found = sensitivity(Runs.of(n, d, 3.0 + n / 1e9 + d / 1e11), 7.2e19)
+    zero = next(row for row in found.rows if row.change == "E = 0 (none)")
+    assert (zero.n, np.isnan(zero.a)) == (0.0, True)

@@ -208,6 +208,8 @@ class _Table:
         residual = np.log(self.runs.loss) - np.log(both.predict(self.runs.n, self.runs.d))
         with np.errstate(over="ignore", divide="ignore"):  # an optimum that is no size a model can have
             ratio = best.d / best.n
+        with np.errstate(invalid="ignore", divide="ignore"):
+            slope = np.log(best.n[:, 2] / best.n[:, 0]) / np.log(c[2] / c[0])
         for i, name in enumerate(changes):
             n, d = (np.where(best.edge[i], np.nan, v[i]) for v in (best.n, best.d))
             misfit = float(np.mean(np.abs(residual[i])))
@@ -219,7 +221,7 @@ class _Table:
                     name,
                     float(both.alpha[i]),
                     float(both.beta[i]),
-                    float(np.log(n[2] / n[0]) / np.log(c[2] / c[0])),
+                    float(np.where(best.edge[i, [0, 2]].any(), np.nan, slope[i])),
                     float(n[1]),
                     float(d[1]),
                     float(np.where(best.edge[i, 1], np.nan, ratio[i, 1])),
