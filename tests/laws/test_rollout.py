@@ -106,4 +106,5 @@ def test_where_a_baseline_wins_the_errors_are_written_out_and_differ(simulate: C
 
     assert "is off by 56 %, the law by 210 % on the same" in off(2.053, 0.56)
     assert "is off by 3.11 %, the law by 3.14 % on the same" in off(0.0314, 0.0311)
+    assert "is off by 50 %, the law by 2.1e+302 % on the same" in off(2.1e300, 0.5)
     assert off(0.03, 0.031) == ""

@@ -40,12 +40,14 @@ def extrapolates(decades: float, most: float = DECADES) -> bool:
 
 
 def percent(*shares: float, digits: int = 2) -> list[str]:
-    """Shares in per cent, in full and to so many digits: to more where they would look equal and are not."""
+    """Shares in per cent, in full up to a million and to so many digits: to more where they would look equal and are
+    not.
+    """
     for more in range(digits, 17):
         told = [f"{100 * share:.{more}g}" for share in shares]
         if len(set(told)) == len(set(shares)):
             break
-    return [f"{float(text):.0f}" if "e+" in text else text for text in told]
+    return [f"{float(text):.0f}" if "e+" in text and float(text) < 1e6 else text for text in told]
 
 
 @dataclass(frozen=True)
