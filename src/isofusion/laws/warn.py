@@ -30,7 +30,8 @@ WarningCode = Literal[
 def beyond(values: Any, seen: Any) -> tuple[float, str]:
     """(decades, "above" or "below"): how far the farthest of `values` lies outside the range of `seen`; <= 0 inside."""
     values, seen = np.asarray(values, dtype=np.float64), np.asarray(seen, dtype=np.float64)
-    above, below = float(np.log10(values.max() / seen.max())), float(np.log10(seen.min() / values.min()))
+    with np.errstate(divide="ignore"):  # a best size of zero lies infinitely far below
+        above, below = float(np.log10(values.max() / seen.max())), float(np.log10(seen.min() / values.min()))
     return (above, "above") if above > below else (below, "below")
 
 
