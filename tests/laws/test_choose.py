@@ -57,6 +57,7 @@ def test_a_column_of_ever_new_names_costs_no_square_of_the_rows() -> None:
 def test_rows_are_chosen_by_column_and_value() -> None:
     for options in (
         {"where": ["architecture=late"]},
+        {"where": "architecture=late"},
         {"where": {"architecture": "late"}},
         {"arm": "late"},
     ):

@@ -53,7 +53,8 @@ class Chosen:
 
     @classmethod
     def of(cls, where: str, header: Sequence[str], pairs: Sequence[str] | Mapping[str, Any]) -> Chosen:
-        """From `COLUMN=VALUE` texts or {column: value}; raises InputError for another text or a missing column."""
+        """From `COLUMN=VALUE` texts (or one) or {column: value}; raises InputError for anything else."""
+        pairs = [pairs] if isinstance(pairs, str) else pairs
         texts = [f"{k}={v}" for k, v in pairs.items()] if isinstance(pairs, Mapping) else list(pairs)
         out: dict[str, tuple[str, ...]] = {}
         for text in texts:
