@@ -73,7 +73,7 @@ def _odd_warning(runs: Runs, residuals: Array, free: int, odd: npt.NDArray[np.in
     return FitWarning(
         "odd-run",
         f"{listed}{more}: intervals rest on a spread of {percent(whole)[0]} %, {percent(without)[0]} % without; "
-        "check or delete such rows",
+        "check such rows",
     )
 
 
