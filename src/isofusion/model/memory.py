@@ -44,6 +44,22 @@ class Layer:
     enters: float  # its input, all that a recomputed block keeps
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Bytes at one moment of a step. `gradients`: of them a rank has its share alone; `unsummed`: whole ones, before
+    they are summed over ranks; `gathered`: of the other ranks' weights.
+    """
+
+    kept: float
+    held: float
+    gradients: float
+    unsummed: float
+    gathered: float
+
+    def total(self, shards: int) -> float:
+        return self.kept + self.held + self.gradients / shards + self.unsummed + (self.gathered if shards > 1 else 0.0)
+
+
 def nominal_shape(slots: int) -> BatchShape:
     """A batch of the paper's mixture."""
     patches = round(IMAGE_SHARE * slots)
@@ -159,30 +175,27 @@ def memory_bytes(
         ends, piece = cfg.vocab_size * d, min(LOGITS if cpu else 0.0 if compiled else LOGITS_GPU, logits / 4)
         softmax = logits / 2 + (4 * ends if native else 2 * ends + max((10.0 if cpu else 17.0) * piece, 6.0 * ends))
     kept = shared + front + top + sum(b.kept for b in layers)
-    head = 4.0 * cfg.vocab_size * d  # bytes of its gradient, which is there at its second chunk; of it or the embedding
-    # the moments of a step: kept, held, gradients that ranks share, gradients that they do not yet, gathered
-    late_head = head if shape.targets * cfg.vocab_size > chunk else 0.0
-    moments = [(kept, softmax, 0.0, late_head, 2 * head + 2 * layers[-1].gradients)]
-    shared_gradients = 0.0
+    head = 4.0 * cfg.vocab_size * d  # bytes of its gradient, as of the embedding's; there at its second chunk
+    chunked = shape.targets * cfg.vocab_size > chunk
+    moments = [Moment(kept, softmax, 0.0, head if chunked else 0.0, 2 * head + 2 * layers[-1].gradients)]
+    gradients = 0.0
     for layer in reversed(layers):
         before = kept - (0.0 if layer is layers[-1] else top)
-        moments.append((before, layer.held, shared_gradients, head, 2 * head + 3 * layer.gradients))
+        moments.append(Moment(before, layer.held, gradients, head, 2 * head + 3 * layer.gradients))
         kept -= layer.kept
-        shared_gradients += layer.gradients
-    moments.append((kept - top, 0.0, 4.0 * n.n_total - 2 * head, 2 * head, 2 * head))
-    sharded = shards > 1
-    worst = max(moments, key=lambda m: m[0] + m[1] + m[2] / shards + m[3] + m[4] * sharded)
-    kept, held, shared_gradients, whole_gradients, gathered = worst
+        gradients += layer.gradients
+    moments.append(Moment(kept - top, 0.0, 4.0 * n.n_total - 2 * head, 2 * head, 2 * head))
+    worst = max(moments, key=lambda moment: moment.total(shards))
     batch = 0.0 if cpu else slots * 40.0 + patches * (cfg.patch_dim + 8.0)
     parts = {
         "weights": 4.0 * n.n_total / shards,
         "adam": 8.0 * n.n_total / shards,
-        "gradients": shared_gradients / shards + whole_gradients,
-        "activations": kept,
-        "transient": held,
+        "gradients": worst.gradients / shards + worst.unsummed,
+        "activations": worst.kept,
+        "transient": worst.held,
         "batch": batch,
     }
-    if sharded:
-        parts["whole"] = gathered
+    if shards > 1:
+        parts["whole"] = worst.gathered
     parts["total"] = sum(parts.values())
     return parts
