@@ -5,7 +5,7 @@ driver. Then, inside a FakeTensorMode, the code for device "cuda" runs as on an 
 generates its Triton kernels and Triton's own ptxas compiles them for sm_90; only their launches do nothing. A number
 that the host would have to read from the device does not exist, so asking for one raises.
 
-It reaches into torch (2.11 to 2.14 were tried): where a later one has moved something, it fails, and is never wrong.
+It reaches into torch (2.11 and 2.14 were tried): where a later one has moved something, it fails, and is never wrong.
 """
 
 from __future__ import annotations

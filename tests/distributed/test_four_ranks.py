@@ -1,4 +1,4 @@
-"""Slow: four gloo ranks, 50 updates, four ranks then two then one, and a rank that is killed under torchrun."""
+"""Slow: four gloo ranks, 50 updates, compiled blocks, four ranks then two then one, a rank killed under torchrun."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
+from isofusion.model import native  # noqa: E402
 from isofusion.train import checkpoint  # noqa: E402
 
 
@@ -104,6 +105,24 @@ def test_fifty_updates_on_two_and_four_ranks(arm: str, tmp_path: Path, cache: Pa
 def largest(a: list[dict[str, Any]], b: list[dict[str, Any]], key: str) -> float:
     """Difference of a number that every update of two runs has."""
     return max(abs((x[key] or 0.0) - (y[key] or 0.0)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no C++ compiler for torch.compile: {native.describe()}")
+def test_two_ranks_with_compiled_blocks_are_one_process_without(
+    tmp_path: Path, cache: Path, on_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs: whole blocks, and FSDP2's gathers around them."""
+    monkeypatch.setenv("ISOFUSION_CACHE", str(cache))
+    runs = [run_config(arm, 3) for arm in ("early", "late")]
+    compiled = {"ISOFUSION_COMPILE": "1"}
+    jobs = [job(run, tmp_path / "two", env=compiled) for run in runs]
+    said = on_ranks(2, jobs, warnings="ignore")  # torch's compiler asks FSDP's parameters for their gradient, and warns
+    assert said == [["done", "done"]] * len(runs)
+    for run in runs:
+        assert two.Seen.alone(run, tmp_path / "one") == "done"
+        for a, b in zip(*(lines(tmp_path / name / run.name) for name in ("one", "two")), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
 
 
 def test_four_ranks_then_two_then_one(tmp_path: Path, cache: Path, on_ranks: Any) -> None:

@@ -35,22 +35,19 @@ def smooth(x: Array, y: Array, to_x: Array, to_y: Array) -> Array:
 def factor(x: Array, y: Array) -> Array:
     """F [m, k] with F F' = smooth(x, y, x, y) to EXACT: Cholesky with the largest rest as the next pivot."""
     rest = np.ones(len(x))
-    columns: list[Array] = []
-    rows = np.zeros((len(x), 64))
-    while len(columns) < len(x):
+    rows, rank = np.zeros((len(x), 64)), 0
+    while rank < len(x):
         pivot = int(np.argmax(rest))
         if rest[pivot] <= EXACT:
             break
-        k = len(columns)
-        if k == rows.shape[1]:
+        if rank == rows.shape[1]:
             rows = np.concatenate([rows, np.zeros_like(rows)], axis=1)
-        own = smooth(x[pivot : pivot + 1], y[pivot : pivot + 1], x, y)[0] - rows[:, :k] @ rows[pivot, :k]
-        column = own / np.sqrt(rest[pivot])
-        columns.append(column)
-        rows[:, k] = column
-        rest = np.maximum(rest - column**2, 0.0)
+        own = smooth(x[pivot : pivot + 1], y[pivot : pivot + 1], x, y)[0] - rows[:, :rank] @ rows[pivot, :rank]
+        rows[:, rank] = own / np.sqrt(rest[pivot])
+        rest = np.maximum(rest - rows[:, rank] ** 2, 0.0)
         rest[pivot] = 0.0
-    return rows[:, : len(columns)]
+        rank += 1
+    return rows[:, :rank]
 
 
 @dataclass(frozen=True)
