@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -81,17 +82,28 @@ inline float scale_of(const float* x, long n, float eps) { return 1.0f / std::sq
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
-// Numbers that begin with a cache line, as a vec must.
+// Numbers that begin with a cache line, as a vec must. What was in them is lost by either call.
 class Numbers {
-    std::vector<float> all;
+    std::unique_ptr<char[]> all;
+    size_t room = 0;
 
    public:
-    float* data() {
-        const uintptr_t line = 4 * LANES, start = reinterpret_cast<uintptr_t>(all.data());
-        return reinterpret_cast<float*>((start + line - 1) / line * line);
+    float* data() { return reinterpret_cast<float*>(first(all.get())); }
+    uint32_t* pairs() { return reinterpret_cast<uint32_t*>(first(all.get())); }
+    void resize(long n) {  // not cleared: for most of a product's factors that would be a pass over memory
+        const size_t bytes = 4 * size_t(n);
+        if (bytes <= room) return;
+        all.reset(new char[bytes + LINE]);
+        room = bytes;
     }
-    void resize(long n) { all.resize(n + LANES); }
-    void zeros(long n) { all.assign(n + LANES, 0.0f); }
+    void zeros(long n) {
+        resize(n);
+        std::memset(data(), 0, 4 * size_t(n));
+    }
+
+   private:
+    static constexpr uintptr_t LINE = 4 * LANES;
+    static uintptr_t first(const char* p) { return (reinterpret_cast<uintptr_t>(p) + LINE - 1) / LINE * LINE; }
 };
 
 inline vec& at(float* p) { return *reinterpret_cast<vec*>(p); }

@@ -26,8 +26,10 @@ constexpr int TALL = 6;            // rows of a tile: 6 x 4 vectors of sums, 4 o
 constexpr long AHEAD = 8;
 inline void ask_for(const float* x) { _mm_prefetch(reinterpret_cast<const char*>(x), _MM_HINT_T0); }
 
+inline __mmask16 first_of(long count) { return __mmask16(count >= LANES ? 0xffff : count > 0 ? (1u << count) - 1 : 0); }
+
 inline __m512 some_of(const float* x, long count) {  // the first `count` of sixteen, zeros for the others
-    return _mm512_maskz_loadu_ps(__mmask16(count >= LANES ? 0xffff : count > 0 ? (1u << count) - 1 : 0), x);
+    return _mm512_maskz_loadu_ps(first_of(count), x);
 }
 
 inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }  // 16 bf16, then 16
@@ -62,6 +64,11 @@ inline void turn_over(__m512i* r) {
     }
 }
 
+inline void put(float* to, __m512 x, long columns) { _mm512_mask_storeu_ps(to, first_of(columns), x); }
+inline void put(bf16* to, __m512 x, long columns) {
+    _mm256_mask_storeu_epi16(to, first_of(columns), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
 // c[i * line + j * step] = sum over pairs of a[i] * panel[j], for M rows, of which `valid` are stored, and V vectors of
 // columns. The pair p of row i is a[i * row + p * next]. `step` 0: whole vectors that go past the caches.
 template <int M, int V, class C>
@@ -78,19 +85,20 @@ inline void tile(const uint32_t* a, long row, long next, const uint32_t* panel, 
             for (int v = 0; v < V; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], (__m512bh)left, (__m512bh)right[v]);
         }
     }
-    alignas(64) float out[V * LANES];
     for (int i = 0; i < M; i++) {
         if (i >= valid) break;
-        if constexpr (std::is_same<C, float>::value)
-            if (step == 0) {
-                for (int v = 0; v < V; v++) _mm512_stream_ps(c + i * line + v * LANES, sums[i][v]);
-                continue;
-            }
-        for (int v = 0; v < V; v++) _mm512_store_ps(out + v * LANES, sums[i][v]);
+        C* to = c + i * line;
         if (step == 1)
-            for (long j = 0; j < columns; j++) store(c + i * line + j, out[j]);
-        else
-            for (long j = 0; j < columns; j++) store(c + i * line + j * step, out[j]);
+            for (int v = 0; v < V; v++) put(to + v * LANES, sums[i][v], columns - v * LANES);
+        if constexpr (std::is_same<C, float>::value) {
+            if (step == 0)
+                for (int v = 0; v < V; v++) _mm512_stream_ps(to + v * LANES, sums[i][v]);
+            if (step > 1) {
+                alignas(64) float out[V * LANES];
+                for (int v = 0; v < V; v++) _mm512_store_ps(out + v * LANES, sums[i][v]);
+                for (long j = 0; j < columns; j++) to[j * step] = out[j];
+            }
+        }
     }
 }
 
@@ -148,7 +156,7 @@ void rows_times(const bf16* x, const int64_t* edges, bf16* out, long E, long D, 
     {
         Numbers space;
         space.resize(D / 2 * PANEL);
-        uint32_t* panel = reinterpret_cast<uint32_t*>(space.data());
+        uint32_t* panel = space.pairs();
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < work.tasks; task++) {
             const long e = work.group(task), from = work.column(task), columns = std::min(PANEL, F - from);
@@ -214,7 +222,8 @@ void sums_of_rows(const bf16* x, const bf16* y, const int64_t* edges, float* out
         most = std::max(most, edges[e + 1] - edges[e]);
         start[e + 1] = start[e] + (edges[e + 1] - edges[e] + 1) / 2;
     }
-    std::vector<uint32_t> left(start[E] * blocks * LANES);  // x as pairs of rows, group after group, block after block
+    Numbers left;  // x as pairs of rows, group after group, block after block
+    left.resize(start[E] * blocks * LANES);
     const auto both = [](const bf16* rows, long line, long j) {
         return uint32_t(rows[j].bits) | uint32_t(rows[line + j].bits) << 16;
     };
@@ -225,18 +234,18 @@ void sums_of_rows(const bf16* x, const bf16* y, const int64_t* edges, float* out
     {
         Numbers space;
         space.resize((most + 1) / 2 * PANEL);
-        uint32_t* panel = reinterpret_cast<uint32_t*>(space.data());
+        uint32_t* panel = space.pairs();
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < E * blocks; task++) {
             const long e = task / blocks, from = task % blocks * LANES, count = std::min(LANES, D - from);
             const long rows = edges[e + 1] - edges[e], pairs = (rows + 1) / 2;
-            uint32_t* to = left.data() + (start[e] * blocks + task % blocks * pairs) * LANES;
+            uint32_t* to = left.pairs() + (start[e] * blocks + task % blocks * pairs) * LANES;
             const bf16* first = x + edges[e] * D + from;
             for (long p = 0; p < pairs; p++) {
                 if (count == LANES && 2 * p + 1 < rows)
                     for (long j = 0; j < LANES; j++) to[p * LANES + j] = both(first + 2 * p * D, D, j);
                 else
-                    for (long j = 0; j < count; j++) to[p * LANES + j] = between(first, D, p, rows, j);
+                    for (long j = 0; j < LANES; j++) to[p * LANES + j] = j < count ? between(first, D, p, rows, j) : 0;
             }
         }
 #pragma omp for schedule(dynamic, 1)
@@ -252,7 +261,7 @@ void sums_of_rows(const bf16* x, const bf16* y, const int64_t* edges, float* out
                 for (long j = 0; j < columns; j++) panel[p * PANEL + j] = between(y + edges[e] * F + from, F, p, rows, j);
                 for (long j = columns; j < PANEL; j++) panel[p * PANEL + j] = 0;
             }
-            const uint32_t* a = left.data() + (start[e] * blocks + share.from * pairs) * LANES;
+            const uint32_t* a = left.pairs() + (start[e] * blocks + share.from * pairs) * LANES;
             const long top = share.from * LANES, height = std::min(D, share.to * LANES) - top;
             float* to = out + e * D * F + top * line + from * (turned ? step : 1);
             BY_VECTORS(by_blocks, columns, a, panel, pairs, to, line, step, columns, height)
