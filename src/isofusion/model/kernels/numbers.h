@@ -7,22 +7,30 @@
 #include <cstring>
 #include <memory>
 #include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
+
+// What loops are made of must be inside them, or they are not vectorised; in large functions a compiler may think otherwise.
+#define WITHIN inline __attribute__((always_inline))
+// What is long enough to be called, and is then compiled the same wherever it is called from.
+#define APART __attribute__((noinline))
 
 struct bf16 {
     uint16_t bits;
 };
 
-inline float load(const float* p) { return *p; }
-inline float load(const bf16* p) {
+WITHIN float load(const float* p) { return *p; }
+WITHIN float load(const bf16* p) {
     const uint32_t bits = uint32_t(p->bits) << 16;
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
 }
-inline void store(float* p, float x) { *p = x; }
-inline void store(bf16* p, float x) {  // NaNs of arithmetic have no low bits that could carry: they stay NaN
+WITHIN void store(float* p, float x) { *p = x; }
+WITHIN void store(bf16* p, float x) {  // NaNs of arithmetic have no low bits that could carry: they stay NaN
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     p->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -30,7 +38,7 @@ inline void store(bf16* p, float x) {  // NaNs of arithmetic have no low bits th
 
 // exp(x), relative error below 2e-7; 0 below -87 and infinite from 88.4, just inside of what float32 holds. NaN
 // stays NaN, because every comparison with it is false.
-inline float exp_of(float x) {
+WITHIN float exp_of(float x) {
     const float below = 89.0f < x ? 89.0f : x, z = -87.0f > below ? -87.0f : below;
     const float shifted = z * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
     const float n = shifted - 12582912.0f;
@@ -67,7 +75,7 @@ inline int useful(long numbers, int threads) {  // waking a thread costs about w
 constexpr long LANES = 16;
 
 // Sum of x[i] * y[i]: 16 sums side by side, then halved four times (compilers add lanes up one after the other).
-inline float dot(const float* x, const float* y, long n) {
+WITHIN float dot(const float* x, const float* y, long n) {
     float sums[LANES] = {};
     long i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -106,8 +114,45 @@ class Numbers {
     static uintptr_t first(const char* p) { return (reinterpret_cast<uintptr_t>(p) + LINE - 1) / LINE * LINE; }
 };
 
-inline vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
-inline const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
-inline long up(long n) { return (n + LANES - 1) / LANES * LANES; }
+WITHIN vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
+WITHIN const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
+WITHIN long up(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+#if defined(__AVX512F__)
+// 16 x 16 numbers: rows become columns.
+inline void turn_over(__m512i* r) {
+    __m512i t[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int h = 0; h < 2; h++) {
+            r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
+            r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
+        }
+    for (int half = 0; half < LANES; half += 8)  // r[4 i + k] now holds columns k, 4 + k, 8 + k, 12 + k of rows 4 i to 4 i + 3
+        for (int k = 0; k < 4; k++) {
+            t[half + k] = _mm512_shuffle_i32x4(r[half + k], r[half + 4 + k], 0x88);
+            t[half + 4 + k] = _mm512_shuffle_i32x4(r[half + k], r[half + 4 + k], 0xdd);
+        }
+    for (int k = 0; k < 8; k++) {
+        r[k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0x88);
+        r[8 + k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0xdd);
+    }
+}
+
+inline void turn_over(const float* from, long next, float* to, long line) {
+    __m512i r[LANES];
+    for (int i = 0; i < LANES; i++) r[i] = _mm512_loadu_si512(from + i * next);
+    turn_over(r);
+    for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + i * line, r[i]);
+}
+#else
+inline void turn_over(const float* from, long next, float* to, long line) {
+    for (int c = 0; c < LANES; c++)
+        for (int i = 0; i < LANES; i++) to[c * line + i] = from[i * next + c];
+}
+#endif
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include "numbers.h"
 
 namespace {
@@ -41,52 +42,53 @@ inline __m512i pairs_of(__m512 first, __m512 second) {
     return _mm512_permutexvar_epi16(_mm512_load_si512(turns), halves(first, second));
 }
 
-// 16 x 16 numbers: rows become columns.
-inline void turn_over(__m512i* r) {
-    __m512i t[LANES];
-    for (int i = 0; i < LANES; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4)
-        for (int h = 0; h < 2; h++) {
-            r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
-            r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
-        }
-    for (int half = 0; half < LANES; half += 8)  // r[4 i + k] now holds columns k, 4 + k, 8 + k, 12 + k of rows 4 i to 4 i + 3
-        for (int k = 0; k < 4; k++) {
-            t[half + k] = _mm512_shuffle_i32x4(r[half + k], r[half + 4 + k], 0x88);
-            t[half + 4 + k] = _mm512_shuffle_i32x4(r[half + k], r[half + 4 + k], 0xdd);
-        }
-    for (int k = 0; k < 8; k++) {
-        r[k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0x88);
-        r[8 + k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0xdd);
-    }
+// f(0), f(1) and so on, written out: sums that a loop might index would be kept in memory.
+template <class F, int... I>
+inline void each_of(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int M, class F>
+inline void each(F f) {
+    each_of(f, std::make_integer_sequence<int, M>());
 }
 
-inline void put(float* to, __m512 x, long columns) { _mm512_mask_storeu_ps(to, first_of(columns), x); }
-inline void put(bf16* to, __m512 x, long columns) {
-    _mm256_mask_storeu_epi16(to, first_of(columns), (__m256i)_mm512_cvtneps_pbh(x));
+WITHIN void put(float* to, __m512 x, long columns) {
+    if (columns >= LANES)
+        _mm512_storeu_ps(to, x);
+    else
+        _mm512_mask_storeu_ps(to, first_of(columns), x);
+}
+WITHIN void put(bf16* to, __m512 x, long columns) {
+    const __m256i low = (__m256i)_mm512_cvtneps_pbh(x);
+    if (columns >= LANES)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);
+    else
+        _mm256_mask_storeu_epi16(to, first_of(columns), low);
 }
 
 // c[i * line + j * step] = sum over pairs of a[i] * panel[j], for M rows, of which `valid` are stored, and V vectors of
-// columns. The pair p of row i is a[i * row + p * next]. `step` 0: whole vectors that go past the caches.
-template <int M, int V, class C>
+// columns, W of which stand behind each other in the panel. The pair p of row i is a[i * row + p * next]. `step` 0: whole
+// vectors that go past the caches. ADD: to what is there, whole vectors.
+template <int M, int V, int W = PANEL, bool ADD = false, class C>
 inline void tile(const uint32_t* a, long row, long next, const uint32_t* panel, long pairs, C* c, long line, long step,
                  long columns, long valid = M) {
     __m512 sums[M][V];
     for (int i = 0; i < M; i++)
-        for (int v = 0; v < V; v++) sums[i][v] = _mm512_setzero_ps();
+        for (int v = 0; v < V; v++)
+            if constexpr (ADD)
+                sums[i][v] = _mm512_loadu_ps(c + i * line + v * LANES);
+            else
+                sums[i][v] = _mm512_setzero_ps();
     for (long p = 0; p < pairs; p++) {
         __m512i right[V];
-        for (int v = 0; v < V; v++) right[v] = _mm512_load_si512(panel + p * PANEL + v * LANES);
+        for (int v = 0; v < V; v++) right[v] = _mm512_load_si512(panel + p * W + v * LANES);
         for (int i = 0; i < M; i++) {
             const __m512i left = _mm512_set1_epi32(int(a[i * row + p * next]));
             for (int v = 0; v < V; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], (__m512bh)left, (__m512bh)right[v]);
         }
     }
-    for (int i = 0; i < M; i++) {
-        if (i >= valid) break;
+    each<M>([&](auto i) {
+        if (i >= valid) return;
         C* to = c + i * line;
         if (step == 1)
             for (int v = 0; v < V; v++) put(to + v * LANES, sums[i][v], columns - v * LANES);
@@ -99,7 +101,7 @@ inline void tile(const uint32_t* a, long row, long next, const uint32_t* panel, 
                 for (long j = 0; j < columns; j++) to[j * step] = out[j];
             }
         }
-    }
+    });
 }
 
 // Rows of a plain matrix, `pairs` numbers each.
