@@ -14,8 +14,10 @@ inline long keys_of(const int32_t* last, long from, long i, long L) {
     return keys;
 }
 
-// Keys that query i sees.
-inline long seen_by(const int32_t* last, long from, long i, long L) { return i < L ? long(last[from + i]) - from + 1 : 0; }
+// Keys that each of them sees; those past the document's last slot see none.
+inline void seen_by(const int32_t* last, long from, long i, long L, long* seen) {
+    for (long b = 0; b < BLOCK; b++) seen[b] = i + b < L ? long(last[from + i + b]) - from + 1 : 0;
+}
 
 // Attention with QK-norm and RoPE over documents [edges[n], edges[n + 1]), which fill the slots: slot t sees those of its
 // document up to last[t]. qkv [T, 3, H, K] -> out [T, H, K] and logsumexp [T, H]. `phase`: K / 2 pairs of cosine and
@@ -38,11 +40,11 @@ void attention_of(const Q* qkv, const float* gain_q, const float* gain_k, const 
             for (long i = 0; i < L; i += BLOCK) {
                 const long keys = keys_of(last, from, i, L);
                 head.score(i, keys, s.data());
-                for (long b = 0; b < BLOCK; b++) {
-                    const long seen = seen_by(last, from, i + b, L);
-                    const float whole = softmax(s.data() + b * head.line, seen, up(keys));
-                    if (seen) logsumexp[(from + i + b) * H + h] = whole;
-                }
+                long seen[BLOCK];
+                float whole[BLOCK];
+                seen_by(last, from, i, L, seen);
+                softmax(s.data(), head.line, seen, up(keys), whole);
+                for (long b = 0; b < BLOCK && i + b < L; b++) logsumexp[(from + i + b) * H + h] = whole[b];
                 by.give(head, s.data(), i, keys, out + (from * H + h) * K, H * K);
             }
         }
@@ -61,7 +63,7 @@ void attention_back(const Q* grad, const Q* qkv, const float* gain_q, const floa
         Head head;
         Multiplied<Q> by;
         Numbers p, s, space;
-        space.resize(2 * K);
+        space.resize(2 * up(K));
 #pragma omp for schedule(dynamic, 1)
         for (long unit = 0; unit < documents * H; unit++) {
             const long from = edges[unit / H], L = edges[unit / H + 1] - from, h = unit % H;
@@ -73,17 +75,17 @@ void attention_back(const Q* grad, const Q* qkv, const float* gain_q, const floa
             const auto back = [&](const float* of, long i, int part, const float* gain) {
                 const long row = (((from + i) * 3 + part) * H + h) * K;
                 turn_back<N>(of, qkv + row, gain, phase + (from + i) * stride, to + row, gains + part * K, space.data(),
-                          space.data() + K, K, eps);
+                          space.data() + up(K), K, eps);
             };
             for (long i = 0; i < L; i += BLOCK) {
                 const long keys = keys_of(last, from, i, L);
                 head.score(i, keys, p.data());
                 by.of_weights(head, i, keys, s.data());
-                for (long b = 0; b < BLOCK; b++) {
-                    const long seen = seen_by(last, from, i + b, L);
-                    softmax_back(p.data() + b * head.line, s.data() + b * head.line, seen, up(keys),
-                                 seen ? logsumexp[(from + i + b) * H + h] : 0.0f);
-                }
+                long seen[BLOCK];
+                float whole[BLOCK] = {};
+                seen_by(last, from, i, L, seen);
+                for (long b = 0; b < BLOCK && i + b < L; b++) whole[b] = logsumexp[(from + i + b) * H + h];
+                softmax_back(p.data(), s.data(), head.line, seen, up(keys), whole);
                 by.take(head, p.data(), s.data(), i, keys);
                 for (long b = 0; b < BLOCK && i + b < L; b++) back(by.of_q.data() + b * head.width, i + b, 0, gain_q);
             }

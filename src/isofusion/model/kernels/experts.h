@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include "numbers.h"
+#include "vectors.h"
 
 namespace {
 

@@ -3,45 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include "numbers.h"
+#include "turn.h"
 
 namespace {
-
-// One head of one slot, normalised, times its gain and turned. N: its features, or 0 where they are not among BY_HEAD.
-template <long N, class Q>
-inline void turn_head(const Q* __restrict from, const float* __restrict gain, const float* __restrict phase,
-                      float* __restrict to, float* __restrict y, long head, float eps) {
-    const long K = N ? N : head;
-    for (long i = 0; i < K; i++) y[i] = load(from + i);
-    const float s = scale_of(y, K, eps);
-    for (long i = 0; i < K; i++) y[i] *= s * gain[i];
-    for (long j = 0; j < K / 2; j++) {
-        const float c = phase[2 * j], w = phase[2 * j + 1];
-        to[2 * j] = y[2 * j] * c - y[2 * j + 1] * w;
-        to[2 * j + 1] = y[2 * j + 1] * c + y[2 * j] * w;
-    }
-}
-
-// Its gradient; adds to that of the gain. x, g: space for K numbers.
-template <long N, class Q>
-inline void turn_back(const float* __restrict grad, const Q* __restrict from, const float* __restrict gain,
-                      const float* __restrict phase, Q* __restrict to, float* __restrict to_gain, float* __restrict x,
-                      float* __restrict g, long head, float eps) {
-    const long K = N ? N : head;
-    for (long j = 0; j < K / 2; j++) {
-        const float c = phase[2 * j], w = phase[2 * j + 1];
-        g[2 * j] = grad[2 * j] * c + grad[2 * j + 1] * w;
-        g[2 * j + 1] = grad[2 * j + 1] * c - grad[2 * j] * w;
-    }
-    for (long i = 0; i < K; i++) x[i] = load(from + i);
-    const float s = scale_of(x, K, eps);
-    for (long i = 0; i < K; i++) {
-        to_gain[i] += g[i] * x[i] * s;
-        g[i] *= gain[i];
-    }
-    const float along = dot(g, x, K) * s * s / float(K);
-    for (long i = 0; i < K; i++) store(to + i, s * (g[i] - x[i] * along));
-}
 
 constexpr int BLOCK = 6;  // queries that share what they load
 
@@ -70,33 +34,50 @@ inline void columns_of(const float* rows, long count, long width, float* to, lon
         for (long c = 0; c < width; c += LANES) turn_over(rows + i * width + c, width, to + c * line + i, line);
 }
 
-// A row of scores becomes their softmax over the first `seen` of them, and zeros up to `end`; its logsumexp comes back.
-// `end`, here and below: a multiple of LANES, or the last few numbers would be worked on one by one.
-APART float softmax(float* row, long seen, long end) {
-    if (!seen) {
-        std::fill(row, row + end, 0.0f);
-        return 0.0f;
+// Scores from `seen` on are those of nobody.
+WITHIN void hide(float* row, long seen, long end) {
+    for (long j = seen / LANES * LANES; j < end; j += LANES)
+        for (long l = 0; l < LANES; l++) row[j + l] = j + l < seen ? row[j + l] : -INFINITY;
+}
+
+// Row b of scores becomes their softmax over the first seen[b] of them, and zeros up to `end`, a multiple of LANES.
+APART void softmax(float* s, long line, const long* seen, long end, float* logsumexp) {
+    vec sums[BLOCK];
+    float top[BLOCK];
+    for (int b = 0; b < BLOCK; b++) {
+        float* row = s + b * line;
+        hide(row, seen[b], end);
+        vec tops = at(row);
+        for (long j = LANES; j < end; j += LANES) tops = at(row + j) > tops ? at(row + j) : tops;
+        top[b] = seen[b] ? largest_of(tops) : 0.0f;
     }
-    std::fill(row + seen, row + end, -INFINITY);
-    float top = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : top)
-    for (long j = 0; j < end; j++) top = row[j] > top ? row[j] : top;
-#pragma omp simd reduction(+ : sum)
-    for (long j = 0; j < end; j++) sum += row[j] = exp_of(row[j] - top);
-    const float share = 1.0f / sum;
-#pragma omp simd
-    for (long j = 0; j < end; j++) row[j] *= share;
-    return top + std::log(sum);
+    for (int b = 0; b < BLOCK; b++) {
+        sums[b] = vec{};
+        for (long j = 0; j < end; j += LANES) sums[b] += at(s + b * line + j) = exp_of(at(s + b * line + j) - top[b]);
+    }
+    for (int b = 0; b < BLOCK; b++) {
+        const float sum = seen[b] ? sum_of(sums[b]) : 1.0f, share = 1.0f / sum;
+        for (long j = 0; j < end; j += LANES) at(s + b * line + j) *= share;
+        logsumexp[b] = top[b] + std::log(sum);
+    }
 }
 
 // Scores become weights again, and the gradient `of` the weights becomes that of the scores.
-APART void softmax_back(float* row, float* of, long seen, long end, float logsumexp) {
-    std::fill(row + seen, row + end, -INFINITY);
-#pragma omp simd
-    for (long j = 0; j < end; j++) row[j] = exp_of(row[j] - logsumexp);
-    const float along = dot(row, of, end);
-#pragma omp simd
-    for (long j = 0; j < end; j++) of[j] = row[j] * (of[j] - along);
+APART void softmax_back(float* s, float* of, long line, const long* seen, long end, const float* logsumexp) {
+    vec sums[BLOCK];
+    for (int b = 0; b < BLOCK; b++) {
+        float *row = s + b * line, *other = of + b * line;
+        hide(row, seen[b], end);
+        sums[b] = vec{};
+        for (long j = 0; j < end; j += LANES) {
+            at(row + j) = exp_of(at(row + j) - logsumexp[b]);
+            sums[b] += at(row + j) * at(other + j);
+        }
+    }
+    for (int b = 0; b < BLOCK; b++) {
+        const float along = sum_of(sums[b]);
+        for (long j = 0; j < end; j += LANES) at(of + b * line + j) = at(s + b * line + j) * (at(of + b * line + j) - along);
+    }
 }
 
 // One head of one document: q and k in float32, normalised and turned, and k turned over. Rows are filled up to whole
@@ -124,7 +105,9 @@ struct Head {
             float *to_q = q.data() + i * width, *to_k = k.data() + i * width;
             turn_head<N>(row, gain_q, turn, to_q, space.data(), K, eps);
             turn_head<N>(row + H * K, gain_k, turn, to_k, space.data(), K, eps);
+#if !defined(VECTORS512)
             for (long c = K; c < width; c++) to_q[c] = to_k[c] = 0.0f;
+#endif
         }
         columns_of(k.data(), L, width, k_over.data(), line);
     }

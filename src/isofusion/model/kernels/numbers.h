@@ -5,11 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -36,27 +32,35 @@ WITHIN void store(bf16* p, float x) {  // NaNs of arithmetic have no low bits th
     p->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+template <class F>
+WITHIN F all(float x) {  // a number, or a vector of it
+    return F{} + x;
+}
+
 // exp(x), relative error below 2e-7; 0 below -87 and infinite from 88.4, just inside of what float32 holds. NaN
-// stays NaN, because every comparison with it is false.
-WITHIN float exp_of(float x) {
-    const float below = 89.0f < x ? 89.0f : x, z = -87.0f > below ? -87.0f : below;
-    const float shifted = z * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
-    const float n = shifted - 12582912.0f;
-    const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+// stays NaN, because every comparison with it is false. F: float, or a vector of them; U: unsigned, as wide.
+template <class F, class U>
+WITHIN F exp_as(F x) {
+    const F hot = all<F>(89.0f), cold = all<F>(-87.0f);
+    const F below = hot < x ? hot : x, z = cold > below ? cold : below;
+    const F shifted = z * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
+    const F n = shifted - 12582912.0f;
+    const F r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
+    F p = all<F>(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &shifted, 4);
+    U bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
     bits = (bits + 127u) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return below < -87.0f ? 0.0f : p * scale;
+    F scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return below < cold ? F{} : p * scale;
 }
+WITHIN float exp_of(float x) { return exp_as<float, uint32_t>(x); }
 
 struct Piece {
     long from, to;
@@ -87,72 +91,5 @@ WITHIN float dot(const float* x, const float* y, long n) {
 }
 
 inline float scale_of(const float* x, long n, float eps) { return 1.0f / std::sqrt(dot(x, x, n) / float(n) + eps); }
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-
-// Numbers that begin with a cache line, as a vec must. What was in them is lost by either call.
-class Numbers {
-    std::unique_ptr<char[]> all;
-    size_t room = 0;
-
-   public:
-    float* data() { return reinterpret_cast<float*>(first(all.get())); }
-    uint32_t* pairs() { return reinterpret_cast<uint32_t*>(first(all.get())); }
-    void resize(long n) {  // not cleared: for most of a product's factors that would be a pass over memory
-        const size_t bytes = 4 * size_t(n);
-        if (bytes <= room) return;
-        all.reset(new char[bytes + LINE]);
-        room = bytes;
-    }
-    void zeros(long n) {
-        resize(n);
-        std::memset(data(), 0, 4 * size_t(n));
-    }
-
-   private:
-    static constexpr uintptr_t LINE = 4 * LANES;
-    static uintptr_t first(const char* p) { return (reinterpret_cast<uintptr_t>(p) + LINE - 1) / LINE * LINE; }
-};
-
-WITHIN vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
-WITHIN const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
-WITHIN long up(long n) { return (n + LANES - 1) / LANES * LANES; }
-
-#if defined(__AVX512F__)
-// 16 x 16 numbers: rows become columns.
-inline void turn_over(__m512i* r) {
-    __m512i t[LANES];
-    for (int i = 0; i < LANES; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4)
-        for (int h = 0; h < 2; h++) {
-            r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
-            r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
-        }
-    for (int half = 0; half < LANES; half += 8)  // r[4 i + k] now holds columns k, 4 + k, 8 + k, 12 + k of rows 4 i to 4 i + 3
-        for (int k = 0; k < 4; k++) {
-            t[half + k] = _mm512_shuffle_i32x4(r[half + k], r[half + 4 + k], 0x88);
-            t[half + 4 + k] = _mm512_shuffle_i32x4(r[half + k], r[half + 4 + k], 0xdd);
-        }
-    for (int k = 0; k < 8; k++) {
-        r[k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0x88);
-        r[8 + k] = _mm512_shuffle_i32x4(t[k], t[8 + k], 0xdd);
-    }
-}
-
-inline void turn_over(const float* from, long next, float* to, long line) {
-    __m512i r[LANES];
-    for (int i = 0; i < LANES; i++) r[i] = _mm512_loadu_si512(from + i * next);
-    turn_over(r);
-    for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + i * line, r[i]);
-}
-#else
-inline void turn_over(const float* from, long next, float* to, long line) {
-    for (int c = 0; c < LANES; c++)
-        for (int i = 0; i < LANES; i++) to[c * line + i] = from[i * next + c];
-}
-#endif
 
 }  // namespace

@@ -3,12 +3,10 @@
 #pragma once
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
-
 #include <algorithm>
 #include <type_traits>
 #include <utility>
-#include "numbers.h"
+#include "vectors.h"
 
 namespace {
 
@@ -27,12 +25,6 @@ constexpr int TALL = 6;            // rows of a tile: 6 x 4 vectors of sums, 4 o
 constexpr long AHEAD = 8;
 inline void ask_for(const float* x) { _mm_prefetch(reinterpret_cast<const char*>(x), _MM_HINT_T0); }
 
-inline __mmask16 first_of(long count) { return __mmask16(count >= LANES ? 0xffff : count > 0 ? (1u << count) - 1 : 0); }
-
-inline __m512 some_of(const float* x, long count) {  // the first `count` of sixteen, zeros for the others
-    return _mm512_maskz_loadu_ps(first_of(count), x);
-}
-
 inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }  // 16 bf16, then 16
 
 // Sixteen pairs (first[j], second[j]).
@@ -50,20 +42,6 @@ inline void each_of(F f, std::integer_sequence<int, I...>) {
 template <int M, class F>
 inline void each(F f) {
     each_of(f, std::make_integer_sequence<int, M>());
-}
-
-WITHIN void put(float* to, __m512 x, long columns) {
-    if (columns >= LANES)
-        _mm512_storeu_ps(to, x);
-    else
-        _mm512_mask_storeu_ps(to, first_of(columns), x);
-}
-WITHIN void put(bf16* to, __m512 x, long columns) {
-    const __m256i low = (__m256i)_mm512_cvtneps_pbh(x);
-    if (columns >= LANES)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);
-    else
-        _mm256_mask_storeu_epi16(to, first_of(columns), low);
 }
 
 // c[i * line + j * step] = sum over pairs of a[i] * panel[j], for M rows, of which `valid` are stored, and V vectors of
