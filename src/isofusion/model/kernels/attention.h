@@ -22,14 +22,14 @@ inline void seen_by(const int32_t* last, long from, long i, long L, long* seen) 
 // Attention with QK-norm and RoPE over documents [edges[n], edges[n + 1]), which fill the slots: slot t sees those of its
 // document up to last[t]. qkv [T, 3, H, K] -> out [T, H, K] and logsumexp [T, H]. `phase`: K / 2 pairs of cosine and
 // sine a slot, `stride` numbers apart. Each head of each document is one thread's: no result depends on their number.
-template <long N, class Q>
+template <long N, class Values, class Q>
 void attention_of(const Q* qkv, const float* gain_q, const float* gain_k, const float* phase, const int64_t* edges,
                const int32_t* last, Q* out, float* logsumexp, long documents, long H, long size, long stride, float eps, int threads) {
     const long K = N ? N : size;
 #pragma omp parallel num_threads(useful((edges[documents] - edges[0]) * H * K, threads))
     {
         Head head;
-        Multiplied<Q> by;
+        Values by;
         Numbers s;
 #pragma omp for schedule(dynamic, 1)
         for (long unit = 0; unit < documents * H; unit++) {
@@ -52,7 +52,7 @@ void attention_of(const Q* qkv, const float* gain_q, const float* gain_k, const 
 }
 
 // The gradient of `attention`, with the weights computed again: to [T, 3, H, K], and of both gains.
-template <long N, class Q>
+template <long N, class Values, class Q>
 void attention_back(const Q* grad, const Q* qkv, const float* gain_q, const float* gain_k, const float* phase,
                         const int64_t* edges, const int32_t* last, const float* logsumexp, Q* to, float* to_gain_q,
                         float* to_gain_k, long documents, long H, long size, long stride, float eps, int threads) {
@@ -61,7 +61,7 @@ void attention_back(const Q* grad, const Q* qkv, const float* gain_q, const floa
 #pragma omp parallel num_threads(useful((edges[documents] - edges[0]) * H * K, threads))
     {
         Head head;
-        Multiplied<Q> by;
+        Values by;
         Numbers p, s, space;
         space.resize(2 * up(K));
 #pragma omp for schedule(dynamic, 1)
@@ -104,15 +104,17 @@ void attention_back(const Q* grad, const Q* qkv, const float* gain_q, const floa
         }
 }
 
-// The usual sizes of a head spelled out.
-#define BY_HEAD(function, ...)                       \
-    switch (K) {                                     \
-        case 8: return function<8>(__VA_ARGS__);     \
-        case 16: return function<16>(__VA_ARGS__);   \
-        case 32: return function<32>(__VA_ARGS__);   \
-        case 64: return function<64>(__VA_ARGS__);   \
-        case 128: return function<128>(__VA_ARGS__); \
-        default: return function<0>(__VA_ARGS__);    \
+// The usual sizes of a head spelled out. Of a few features the products take no time, and their sums would lose digits.
+#define BY_HEAD(function, Q, ...)                                      \
+    switch (K) {                                                       \
+        case 8: return function<8, Multiplied<Q>>(__VA_ARGS__);        \
+        case 16: return function<16, Multiplied<Q>>(__VA_ARGS__);      \
+        case 32: return function<32, Multiplied<Q>>(__VA_ARGS__);      \
+        case 64: return function<64, Multiplied<Q>>(__VA_ARGS__);      \
+        case 128: return function<128, Multiplied<Q>>(__VA_ARGS__);    \
+        default:                                                       \
+            if (K < 8) return function<0, Single<Q>>(__VA_ARGS__);     \
+            return function<0, Multiplied<Q>>(__VA_ARGS__);            \
     }
 
 }  // namespace

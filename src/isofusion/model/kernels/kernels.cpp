@@ -27,14 +27,15 @@
     void attention_##suffix(const Q* qkv, const float* gain_q, const float* gain_k, const float* phase,                \
                             const int64_t* edges, const int32_t* last, Q* out, float* logsumexp, long N, long H,       \
                             long K, long stride, float eps, int threads) {                                             \
-        BY_HEAD(attention_of, qkv, gain_q, gain_k, phase, edges, last, out, logsumexp, N, H, K, stride, eps, threads)  \
+        BY_HEAD(attention_of, Q, qkv, gain_q, gain_k, phase, edges, last, out, logsumexp, N, H, K, stride, eps,        \
+                threads)                                                                                               \
     }                                                                                                                  \
     void attention_backward_##suffix(const Q* grad, const Q* qkv, const float* gain_q, const float* gain_k,            \
                                      const float* phase, const int64_t* edges, const int32_t* last,                    \
                                      const float* logsumexp, Q* to, float* to_gain_q, float* to_gain_k, long N,        \
                                      long H, long K, long stride, float eps, int threads) {                            \
-        BY_HEAD(attention_back, grad, qkv, gain_q, gain_k, phase, edges, last, logsumexp, to, to_gain_q, to_gain_k, N, \
-                H, K, stride, eps, threads)                                                                            \
+        BY_HEAD(attention_back, Q, grad, qkv, gain_q, gain_k, phase, edges, last, logsumexp, to, to_gain_q, to_gain_k, \
+                N, H, K, stride, eps, threads)                                                                         \
     }                                                                                                                  \
     void swiglu_##suffix(const Q* gate_up, Q* out, long T, long F, int threads) {                                      \
         swiglu(gate_up, out, T, F, threads);                                                                           \

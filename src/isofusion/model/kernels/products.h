@@ -34,48 +34,62 @@ inline __m512i pairs_of(__m512 first, __m512 second) {
     return _mm512_permutexvar_epi16(_mm512_load_si512(turns), halves(first, second));
 }
 
-// f(0), f(1) and so on, written out: sums that a loop might index would be kept in memory.
+// How the left factor stands in memory: row after row, or pair after pair.
+struct ByRows {
+    long line;
+    WITHIN long operator()(long i, long p) const { return i * line + p; }
+};
+struct ByPairs {
+    long line;
+    WITHIN long operator()(long i, long p) const { return p * line + i; }
+};
+struct ByBlocks {
+    WITHIN long operator()(long i, long p) const { return p * LANES + i; }
+};
+
+// f(0), f(1) and so on, written out: sums that a loop might index are kept in memory.
 template <class F, int... I>
-inline void each_of(F f, std::integer_sequence<int, I...>) {
+WITHIN void each_of(F f, std::integer_sequence<int, I...>) {
     (f(std::integral_constant<int, I>()), ...);
 }
 template <int M, class F>
-inline void each(F f) {
+WITHIN void each(F f) {
     each_of(f, std::make_integer_sequence<int, M>());
 }
+#define FOR_EACH(i, M, ...) each<M>([&](auto i) __attribute__((always_inline)) __VA_ARGS__)
 
 // c[i * line + j * step] = sum over pairs of a[i] * panel[j], for M rows, of which `valid` are stored, and V vectors of
-// columns, W of which stand behind each other in the panel. The pair p of row i is a[i * row + p * next]. `step` 0: whole
-// vectors that go past the caches. ADD: to what is there, whole vectors.
-template <int M, int V, int W = PANEL, bool ADD = false, class C>
-inline void tile(const uint32_t* a, long row, long next, const uint32_t* panel, long pairs, C* c, long line, long step,
-                 long columns, long valid = M) {
+// columns, W of which stand behind each other in the panel. The pair p of row i is a[at(i, p)]. `step` 0: whole vectors that
+// go past the caches. ADD: to what is there, whole vectors.
+template <int M, int V, int W = PANEL, bool ADD = false, class At, class C>
+inline void tile(const uint32_t* a, At at, const uint32_t* panel, long pairs, C* c, long line, long step, long columns,
+                 long valid = M) {
     __m512 sums[M][V];
-    for (int i = 0; i < M; i++)
-        for (int v = 0; v < V; v++)
+    FOR_EACH(i, M, {
+        FOR_EACH(v, V, {
             if constexpr (ADD)
                 sums[i][v] = _mm512_loadu_ps(c + i * line + v * LANES);
             else
                 sums[i][v] = _mm512_setzero_ps();
+        });
+    });
     for (long p = 0; p < pairs; p++) {
         __m512i right[V];
-        for (int v = 0; v < V; v++) right[v] = _mm512_load_si512(panel + p * W + v * LANES);
-        for (int i = 0; i < M; i++) {
-            const __m512i left = _mm512_set1_epi32(int(a[i * row + p * next]));
-            for (int v = 0; v < V; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], (__m512bh)left, (__m512bh)right[v]);
-        }
+        FOR_EACH(v, V, { right[v] = _mm512_load_si512(panel + p * W + v * LANES); });
+        FOR_EACH(i, M, {
+            const __m512i left = _mm512_set1_epi32(int(a[at(i, p)]));
+            FOR_EACH(v, V, { sums[i][v] = _mm512_dpbf16_ps(sums[i][v], (__m512bh)left, (__m512bh)right[v]); });
+        });
     }
-    each<M>([&](auto i) {
+    FOR_EACH(i, M, {
         if (i >= valid) return;
         C* to = c + i * line;
-        if (step == 1)
-            for (int v = 0; v < V; v++) put(to + v * LANES, sums[i][v], columns - v * LANES);
+        if (step == 1) FOR_EACH(v, V, { put(to + v * LANES, sums[i][v], columns - v * LANES); });
         if constexpr (std::is_same<C, float>::value) {
-            if (step == 0)
-                for (int v = 0; v < V; v++) _mm512_stream_ps(to + v * LANES, sums[i][v]);
+            if (step == 0) FOR_EACH(v, V, { _mm512_stream_ps(to + v * LANES, sums[i][v]); });
             if (step > 1) {
                 alignas(64) float out[V * LANES];
-                for (int v = 0; v < V; v++) _mm512_store_ps(out + v * LANES, sums[i][v]);
+                FOR_EACH(v, V, { _mm512_store_ps(out + v * LANES, sums[i][v]); });
                 for (long j = 0; j < columns; j++) to[j * step] = out[j];
             }
         }
@@ -85,10 +99,11 @@ inline void tile(const uint32_t* a, long row, long next, const uint32_t* panel, 
 // Rows of a plain matrix, `pairs` numbers each.
 template <int V>
 void by_rows(const uint32_t* a, const uint32_t* panel, long pairs, bf16* c, long line, long columns, long rows) {
+    const ByRows at{pairs};
     long i = 0;
-    for (; i + TALL <= rows; i += TALL) tile<TALL, V>(a + i * pairs, pairs, 1, panel, pairs, c + i * line, line, 1, columns);
-    for (; i + 2 <= rows; i += 2) tile<2, V>(a + i * pairs, pairs, 1, panel, pairs, c + i * line, line, 1, columns);
-    if (i < rows) tile<1, V>(a + i * pairs, pairs, 1, panel, pairs, c + i * line, line, 1, columns);
+    for (; i + TALL <= rows; i += TALL) tile<TALL, V>(a + i * pairs, at, panel, pairs, c + i * line, line, 1, columns);
+    for (; i + 2 <= rows; i += 2) tile<2, V>(a + i * pairs, at, panel, pairs, c + i * line, line, 1, columns);
+    if (i < rows) tile<1, V>(a + i * pairs, at, panel, pairs, c + i * line, line, 1, columns);
 }
 
 // Rows in blocks of LANES, pair after pair in a block: tiles of 6, 6 and 4 rows.
@@ -98,7 +113,7 @@ void by_blocks(const uint32_t* a, const uint32_t* panel, long pairs, float* c, l
         const auto some = [&](auto count, int from) {
             constexpr int M = decltype(count)::value;
             const long valid = std::min(long(M), rows - i - from);
-            if (valid > 0) tile<M, V>(a + from, 1, LANES, panel, pairs, c + from * line, line, step, columns, valid);
+            if (valid > 0) tile<M, V>(a + from, ByBlocks(), panel, pairs, c + from * line, line, step, columns, valid);
         };
         some(std::integral_constant<int, TALL>(), 0);
         some(std::integral_constant<int, TALL>(), TALL);
@@ -188,6 +203,17 @@ void product_transposed(const bf16* x, const float* weight, const int64_t* edges
     });
 }
 
+// Rows 0 and 1, 2 and 3 and so on as pairs, W of them one after another; those past `count` rows or columns are zeros.
+template <long W = LANES>
+inline void pair_up(const bf16* from, long next, long count, long columns, long pairs, uint32_t* to) {
+    for (long p = 0; p < pairs; p++, from += 2 * next, to += W)
+        for (long j = 0; j < W; j += LANES) {
+            const __m512i low = bits_of(from + j, 2 * p < count ? columns - j : 0);
+            const __m512i high = bits_of(from + next + j, 2 * p + 1 < count ? columns - j : 0);
+            _mm512_store_si512(to + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+}
+
 // The transpose of x [G, D] times y [G, F], group by group -> out [E, D, F], float32; `turned`: [E, F, D].
 void sums_of_rows(const bf16* x, const bf16* y, const int64_t* edges, float* out, long E, long D, long F, bool turned,
                   int threads) {
@@ -204,12 +230,6 @@ void sums_of_rows(const bf16* x, const bf16* y, const int64_t* edges, float* out
     }
     Numbers left;  // x as pairs of rows, group after group, block after block
     left.resize(start[E] * blocks * LANES);
-    const auto both = [](const bf16* rows, long line, long j) {
-        return uint32_t(rows[j].bits) | uint32_t(rows[line + j].bits) << 16;
-    };
-    const auto between = [both](const bf16* rows, long line, long p, long count, long j) {  // the last may lack its second
-        return 2 * p + 1 < count ? both(rows + 2 * p * line, line, j) : uint32_t(rows[2 * p * line + j].bits);
-    };
 #pragma omp parallel num_threads(useful((edges[E] - edges[0]) * F, threads))
     {
         Numbers space;
@@ -221,26 +241,14 @@ void sums_of_rows(const bf16* x, const bf16* y, const int64_t* edges, float* out
             const long rows = edges[e + 1] - edges[e], pairs = (rows + 1) / 2;
             uint32_t* to = left.pairs() + (start[e] * blocks + task % blocks * pairs) * LANES;
             const bf16* first = x + edges[e] * D + from;
-            for (long p = 0; p < pairs; p++) {
-                if (count == LANES && 2 * p + 1 < rows)
-                    for (long j = 0; j < LANES; j++) to[p * LANES + j] = both(first + 2 * p * D, D, j);
-                else
-                    for (long j = 0; j < LANES; j++) to[p * LANES + j] = j < count ? between(first, D, p, rows, j) : 0;
-            }
+            pair_up(first, D, rows, count, pairs, to);
         }
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < work.tasks; task++) {
             const long e = work.group(task), from = work.column(task), columns = std::min(PANEL, F - from);
             const long rows = edges[e + 1] - edges[e], pairs = (rows + 1) / 2;
             const Piece share = work.share(task, blocks);
-            for (long p = 0; p < pairs; p++) {
-                if (columns == PANEL && 2 * p + 1 < rows) {
-                    for (long j = 0; j < PANEL; j++) panel[p * PANEL + j] = both(y + (edges[e] + 2 * p) * F + from, F, j);
-                    continue;
-                }
-                for (long j = 0; j < columns; j++) panel[p * PANEL + j] = between(y + edges[e] * F + from, F, p, rows, j);
-                for (long j = columns; j < PANEL; j++) panel[p * PANEL + j] = 0;
-            }
+            pair_up<PANEL>(y + edges[e] * F + from, F, rows, columns, pairs, panel);
             const uint32_t* a = left.pairs() + (start[e] * blocks + share.from * pairs) * LANES;
             const long top = share.from * LANES, height = std::min(D, share.to * LANES) - top;
             float* to = out + e * D * F + top * line + from * (turned ? step : 1);

@@ -99,23 +99,16 @@ struct Paired {
     Numbers v, v_over, k, of_out, rows, p_pairs, s_pairs, q_pairs, out_pairs, of_q, of_k, of_v;
     long first = 0, count = 0, most = 0;  // queries in p_pairs and s_pairs, and the keys they see
 
-    // Rows i .. i + 2, i + 2 .. i + 4 and so on of bf16 as pairs, 64 columns after 64; those past `count` are zeros.
+    // Pairs of rows, 64 columns after 64, each as many as fill whole vectors.
     static void pair_up(const bf16* from, long next, long count, long K, long pairs, uint32_t* to) {
         for (long c = 0; c < K; c += PANEL) {
-            const long columns = std::min(PANEL, K - c), wide = up(columns);
-            for (long p = 0; p < pairs; p++) {
-                const bf16* first = from + 2 * p * next + c;
-                for (long j = 0; j < wide; j += LANES) {
-                    const __mmask16 some = first_of(columns - j);
-                    const auto row = [&](const bf16* x, bool there) {
-                        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there ? some : 0, x));
-                    };
-                    const __m512i low = row(first + j, 2 * p < count);
-                    const __m512i high = row(first + next + j, 2 * p + 1 < count);
-                    _mm512_store_si512(to + c * pairs + p * wide + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-                }
-            }
+            const long columns = std::min(PANEL, K - c);
+            BY_VECTORS(pair_panel, columns, from + c, next, count, columns, pairs, to + c * pairs)
         }
+    }
+    template <int V>
+    static void pair_panel(const bf16* from, long next, long count, long columns, long pairs, uint32_t* to) {
+        ::pair_up<V * LANES>(from, next, count, columns, pairs, to);
     }
     static void pair_up(const float* from, long width, long K, long pairs, uint32_t* to) {  // rows filled up with zeros
         for (long c = 0; c < K; c += PANEL) {
@@ -159,18 +152,18 @@ struct Paired {
             std::fill(to + up(keys), to + line, 0);  // later queries of the same sums see more keys
         }
     }
-    // M rows of `left` times `pairs` paired rows of K columns.
-    template <int M, bool ADD, class C>
-    static void times(const uint32_t* left, long row, long next, const uint32_t* right, long pairs, long all, long K, C* to,
-                      long line, bool whole, long valid) {
-        for (long c = 0; c < K; c += PANEL) {
-            const long columns = whole ? std::min(PANEL, up(K) - c) : std::min(PANEL, K - c);
+    // BLOCK rows of `left` times the first `pairs` of `all` paired rows, 64 of the columns after 64.
+    template <bool ADD, class At, class C>
+    static void times(const uint32_t* left, At at, const uint32_t* right, long pairs, long all, long columns, C* to, long line,
+                      long valid = BLOCK) {
+        for (long c = 0; c < columns; c += PANEL) {
             const uint32_t* panel = right + c * all;
-            switch (up(columns) / LANES) {
-                case 1: tile<M, 1, 1 * LANES, ADD>(left, row, next, panel, pairs, to + c, line, 1, columns, valid); break;
-                case 2: tile<M, 2, 2 * LANES, ADD>(left, row, next, panel, pairs, to + c, line, 1, columns, valid); break;
-                case 3: tile<M, 3, 3 * LANES, ADD>(left, row, next, panel, pairs, to + c, line, 1, columns, valid); break;
-                default: tile<M, 4, 4 * LANES, ADD>(left, row, next, panel, pairs, to + c, line, 1, columns, valid);
+            const long some = std::min(PANEL, columns - c);
+            switch (up(some) / LANES) {
+                case 1: tile<BLOCK, 1, 1 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid); break;
+                case 2: tile<BLOCK, 2, 2 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid); break;
+                case 3: tile<BLOCK, 3, 3 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid); break;
+                default: tile<BLOCK, 4, 4 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid);
             }
         }
     }
@@ -183,8 +176,8 @@ struct Paired {
     }
     void give(Head& head, const float* p, long i, long keys, bf16* out, long next) {
         const uint32_t* left = along_rows(p, head.line, keys);
-        times<BLOCK, false>(left, head.line / 2, 1, v.pairs(), (keys + 1) / 2, (head.L + 1) / 2, head.K, out + i * next, next,
-                            false, std::min(long(BLOCK), head.L - i));
+        times<false>(left, ByRows{head.line / 2}, v.pairs(), (keys + 1) / 2, (head.L + 1) / 2, head.K, out + i * next, next,
+                     std::min(long(BLOCK), head.L - i));
     }
 
     void gradient(Head& head, const bf16* from, long next, const bf16* grad, long grad_next) {
@@ -216,12 +209,12 @@ struct Paired {
     }
     template <int V>
     static void keys_of_tile(const uint32_t* left, long pairs, const uint32_t* panel, float* s, long line) {
-        tile<BLOCK, V>(left, pairs, 1, panel, pairs, s, line, 1, V * LANES);
+        tile<BLOCK, V>(left, ByRows{pairs}, panel, pairs, s, line, 1, V * LANES);
     }
     void take(Head& head, const float* p, const float* s, long i, long keys) {
         const long line = head.line, width = head.width, K = head.K;
         const uint32_t* left = along_rows(s, line, keys);
-        times<BLOCK, false>(left, line / 2, 1, k.pairs(), (keys + 1) / 2, (head.L + 1) / 2, K, of_q.data(), width, true, BLOCK);
+        times<false>(left, ByRows{line / 2}, k.pairs(), (keys + 1) / 2, (head.L + 1) / 2, width, of_q.data(), width);
         if (!count) first = i;
         across_rows(p, line, keys, p_pairs.pairs() + count / 2 * line);
         across_rows(s, line, keys, s_pairs.pairs() + count / 2 * line);
@@ -230,10 +223,10 @@ struct Paired {
         pair_up(head.q.data() + first * width, width, K, count / 2, q_pairs.pairs());
         pair_up(reinterpret_cast<const bf16*>(of_out.pairs()) + first * K, K, count, K, count / 2, out_pairs.pairs());
         for (long j = 0; j < most; j += BLOCK) {
-            times<BLOCK, true>(s_pairs.pairs() + j, 1, line, q_pairs.pairs(), count / 2, count / 2, K, of_k.data() + j * width,
-                               width, true, BLOCK);
-            times<BLOCK, true>(p_pairs.pairs() + j, 1, line, out_pairs.pairs(), count / 2, count / 2, K,
-                               of_v.data() + j * width, width, true, BLOCK);
+            times<true>(s_pairs.pairs() + j, ByPairs{line}, q_pairs.pairs(), count / 2, count / 2, width,
+                        of_k.data() + j * width, width);
+            times<true>(p_pairs.pairs() + j, ByPairs{line}, out_pairs.pairs(), count / 2, count / 2, width,
+                        of_v.data() + j * width, width);
         }
         count = most = 0;
     }

@@ -91,14 +91,14 @@ inline void turn_over(const float* from, long next, float* to, long line) {
     for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + i * line, r[i]);
 }
 
-inline __mmask16 first_of(long count) { return __mmask16(count >= LANES ? 0xffff : count > 0 ? (1u << count) - 1 : 0); }
+WITHIN __mmask16 first_of(long count) { return __mmask16(count >= LANES ? 0xffff : count > 0 ? (1u << count) - 1 : 0); }
 
 // The first `count` of sixteen numbers, zeros for the others.
 WITHIN __m512 some_of(const float* x, long count) { return _mm512_maskz_loadu_ps(first_of(count), x); }
-WITHIN __m512 some_of(const bf16* x, long count) {
-    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of(count), x));
-    return (__m512)_mm512_slli_epi32(bits, 16);
+WITHIN __m512i bits_of(const bf16* x, long count) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of(count), x));
 }
+WITHIN __m512 some_of(const bf16* x, long count) { return (__m512)_mm512_slli_epi32(bits_of(x, count), 16); }
 
 // The first `count` of sixteen numbers are written.
 WITHIN void put(float* to, __m512 x, long count) {
