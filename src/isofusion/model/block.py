@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from isofusion.config import ModelConfig
-from isofusion.model.attention import AttentionPlan
+from isofusion.model import halves
+from isofusion.model.attention import AttentionPlan, NativePlan
 from isofusion.model.experts import Experts, ExpertsOutput, SlotPlan
 from isofusion.model.fused import swiglu
 from isofusion.model.layers import Linear, RMSNorm, unset
@@ -66,7 +67,10 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, plan: AttentionPlan, slots: SlotPlan | None = None
     ) -> tuple[Tensor, ExpertsOutput | None]:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), plan)
+        x_TD = self._attended(x_TD, plan)
+        if self.ffn is not None and halves.fit(x_TD, self.ffn.gate_up.weight, self.ffn.down.weight):
+            weights = (self.ffn.gate_up.weight, self.ffn.down.weight)
+            return halves.feed_forward_half(x_TD, self.ffn_norm.gain, *weights, self.ffn_norm.eps), None
         normed_TD = self.ffn_norm(x_TD)
         if self.ffn is not None:
             return x_TD + self.ffn(normed_TD), None
@@ -74,6 +78,13 @@ class Block(nn.Module):
         assert slots is not None
         routed = self.experts(normed_TD, slots)
         return x_TD + routed.out_TD, routed
+
+    def _attended(self, x_TD: Tensor, plan: AttentionPlan) -> Tensor:
+        norm, mix = self.attention_norm, self.attention
+        if isinstance(plan, NativePlan) and halves.fit(x_TD, mix.qkv.weight, mix.out.weight):
+            weights = (mix.qkv.weight, mix.q_gain, mix.k_gain, mix.out.weight)
+            return halves.attention_half(x_TD, norm.gain, *weights, plan.phase, plan.edges, plan.last, norm.eps)
+        return x_TD + mix(norm(x_TD), plan)
 
 
 def run_block(block: nn.Module, again: bool, *inputs: Any) -> Any:

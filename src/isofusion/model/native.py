@@ -30,7 +30,7 @@ CHOICES = ("auto", "torch", "native")
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rms_norm": (_P, _P, _P, _P, _L, _L, _F, _I),
-    "rms_norm_backward": (_P, _P, _P, _P, _P, _P, _L, _L, _I),
+    "rms_norm_backward": (_P, _P, _P, _P, _P, _P, _P, _L, _L, _I),
     "attention": (_P, _P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _F, _I),
     "attention_backward": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _F, _I),
     "swiglu": (_P, _P, _L, _L, _I),
@@ -43,9 +43,10 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "head_loss": (_P, _P, _P, _L, _L, _I),
     "adamw": (_P, _P, _P, _P, _L, _F, _F, _F, _F, _F, _F, _F, _I),
     **dict.fromkeys(("product", "product_transposed", "product_of_rows"), (_P, _P, _P, _P, _L, _L, _L, _I)),
+    "product_transposed_plus": (_P, _P, _P, _P, _P, _L, _L, _L, _I),
 }
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-PRODUCTS = ("product", "product_transposed", "product_of_rows")
+PRODUCTS = ("product", "product_transposed", "product_transposed_plus", "product_of_rows")
 """On processors with avx512_bf16 alone."""
 BF16_ONLY = ("head_loss", *PRODUCTS)
 F32_ONLY = ("adamw",)
@@ -153,14 +154,17 @@ def rms_norm(x_TD: Tensor, gain_D: Tensor, eps: float, dtype: torch.dtype) -> tu
 
 
 @_operator(
-    "(Tensor grad, Tensor x, Tensor gain, Tensor scale) -> (Tensor, Tensor)",
-    lambda grad, x, gain, scale: (torch.empty_like(x), torch.empty_like(gain)),
+    "(Tensor grad, Tensor x, Tensor gain, Tensor scale, Tensor? plus=None) -> (Tensor, Tensor)",
+    lambda grad, x, gain, scale, plus=None: (torch.empty_like(x), torch.empty_like(gain)),
 )
-def rms_norm_backward(grad_TD: Tensor, x_TD: Tensor, gain_D: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
-    """-> gradients of x and of the gain, float32."""
+def rms_norm_backward(
+    grad_TD: Tensor, x_TD: Tensor, gain_D: Tensor, scale_T: Tensor, plus_TD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of x, with `plus_TD` (float32) added to it, and of the gain, float32."""
     grad_TD, x_TD = grad_TD.contiguous(), x_TD.contiguous()
+    plus = plus_TD.contiguous() if plus_TD is not None else 0
     to_x, to_gain = torch.empty(x_TD.shape, dtype=torch.float32), torch.empty(gain_D.shape, dtype=torch.float32)
-    _call("rms_norm_backward", grad_TD.dtype, grad_TD, x_TD, gain_D, scale_T, to_x, to_gain, *x_TD.shape)
+    _call("rms_norm_backward", grad_TD.dtype, grad_TD, x_TD, gain_D, scale_T, plus, to_x, to_gain, *x_TD.shape)
     return to_x, to_gain
 
 
@@ -172,6 +176,18 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`: bf16 [T, in], float32 [out, in], rounded to bf16 on the way -> bf16 [T, out]. in is even."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     _product("product_transposed", x, weight.unsqueeze(0), out, _whole(x))
+    return out
+
+
+@_operator(
+    "(Tensor x, Tensor weight, Tensor plus) -> Tensor",
+    lambda x, weight, plus: torch.empty_like(plus),
+)
+def linear_plus(x: Tensor, weight: Tensor, plus: Tensor) -> Tensor:
+    """`plus + x @ weight.T`, float32 [T, out]: the product as `linear`'s, but not rounded to bf16 before it is added."""
+    plus = plus.contiguous()
+    out = torch.empty(plus.shape, dtype=torch.float32)
+    _call("product_transposed_plus", x.dtype, x.contiguous(), weight.contiguous(), _whole(x), plus, out, 1, *weight.shape)
     return out
 
 

@@ -20,9 +20,9 @@
                            int threads) {                                                                              \
         rms_norm(x, gain, out, scale, T, D, eps, threads);                                                             \
     }                                                                                                                  \
-    void rms_norm_backward_##suffix(const Q* grad, const float* x, const float* gain, const float* scale, float* to_x, \
-                                    float* to_gain, long T, long D, int threads) {                                     \
-        rms_norm_backward(grad, x, gain, scale, to_x, to_gain, T, D, threads);                                         \
+    void rms_norm_backward_##suffix(const Q* grad, const float* x, const float* gain, const float* scale,              \
+                                    const float* plus, float* to_x, float* to_gain, long T, long D, int threads) {     \
+        rms_norm_backward(grad, x, gain, scale, plus, to_x, to_gain, T, D, threads);                                   \
     }                                                                                                                  \
     void attention_##suffix(const Q* qkv, const float* gain_q, const float* gain_k, const float* phase,                \
                             const int64_t* edges, const int32_t* last, Q* out, float* logsumexp, long N, long H,       \
@@ -74,6 +74,10 @@ void product_bf16(const bf16* x, const float* weight, const int64_t* edges, bf16
 void product_transposed_bf16(const bf16* x, const float* weight, const int64_t* edges, bf16* out, long E, long D, long F,
                              int threads) {
     product_transposed(x, weight, edges, out, E, D, F, threads);
+}
+void product_transposed_plus_bf16(const bf16* x, const float* weight, const int64_t* edges, const float* plus, float* out,
+                                  long E, long D, long F, int threads) {
+    product_transposed<true>(x, weight, edges, out, E, D, F, threads, plus);
 }
 void product_of_rows_bf16(const bf16* x, const bf16* y, const int64_t* edges, float* out, long E, long D, long F,
                           int threads) {

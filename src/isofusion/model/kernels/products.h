@@ -60,15 +60,15 @@ WITHIN void each(F f) {
 
 // c[i * line + j * step] = sum over pairs of a[i] * panel[j], for M rows, of which `valid` are stored, and V vectors of
 // columns, W of which stand behind each other in the panel. The pair p of row i is a[at(i, p)]. `step` 0: whole vectors that
-// go past the caches. ADD: to what is there, whole vectors.
+// go past the caches. ADD: to `plus`, whose rows are as far apart.
 template <int M, int V, int W = PANEL, bool ADD = false, class At, class C>
 inline void tile(const uint32_t* a, At at, const uint32_t* panel, long pairs, C* c, long line, long step, long columns,
-                 long valid = M) {
+                 long valid = M, const float* plus = nullptr) {
     __m512 sums[M][V];
     FOR_EACH(i, M, {
         FOR_EACH(v, V, {
             if constexpr (ADD)
-                sums[i][v] = _mm512_loadu_ps(c + i * line + v * LANES);
+                sums[i][v] = some_of(plus + i * line + v * LANES, i < valid ? columns - v * LANES : 0);
             else
                 sums[i][v] = _mm512_setzero_ps();
         });
@@ -97,13 +97,17 @@ inline void tile(const uint32_t* a, At at, const uint32_t* panel, long pairs, C*
 }
 
 // Rows of a plain matrix, `pairs` numbers each.
-template <int V>
-void by_rows(const uint32_t* a, const uint32_t* panel, long pairs, bf16* c, long line, long columns, long rows) {
+template <int V, bool ADD, class C>
+void by_rows(const uint32_t* a, const uint32_t* panel, long pairs, C* c, long line, long columns, long rows, const float* plus) {
     const ByRows at{pairs};
+    const auto some = [&](auto count, long i) {
+        constexpr int M = decltype(count)::value;
+        tile<M, V, PANEL, ADD>(a + i * pairs, at, panel, pairs, c + i * line, line, 1, columns, M, plus + (ADD ? i * line : 0));
+    };
     long i = 0;
-    for (; i + TALL <= rows; i += TALL) tile<TALL, V>(a + i * pairs, at, panel, pairs, c + i * line, line, 1, columns);
-    for (; i + 2 <= rows; i += 2) tile<2, V>(a + i * pairs, at, panel, pairs, c + i * line, line, 1, columns);
-    if (i < rows) tile<1, V>(a + i * pairs, at, panel, pairs, c + i * line, line, 1, columns);
+    for (; i + TALL <= rows; i += TALL) some(std::integral_constant<int, TALL>(), i);
+    for (; i + 2 <= rows; i += 2) some(std::integral_constant<int, 2>(), i);
+    if (i < rows) some(std::integral_constant<int, 1>(), i);
 }
 
 // Rows in blocks of LANES, pair after pair in a block: tiles of 6, 6 and 4 rows.
@@ -129,6 +133,11 @@ void by_blocks(const uint32_t* a, const uint32_t* panel, long pairs, float* c, l
         default: function<4>(__VA_ARGS__);                        \
     }
 
+template <int V, class F>
+inline void some_vectors(F f) {
+    f(std::integral_constant<int, V>());
+}
+
 // The work of a product: for each group its panels of columns, and these in `parts` shares of the left factor's rows.
 struct Work {
     long panels, parts, tasks;
@@ -143,9 +152,11 @@ struct Work {
     Piece share(long task, long rows) const { return piece(rows, int(parts), int(task % parts)); }
 };
 
-// x [G, D] times a right factor [D, F] of its group -> out [G, F]; pack(e, from, columns, panel) packs columns of it.
-template <class Pack>
-void rows_times(const bf16* x, const int64_t* edges, bf16* out, long E, long D, long F, int threads, Pack pack) {
+// x [G, D] times a right factor [D, F] of its group -> out [G, F], ADD: and `plus` [G, F]; pack(e, from, columns, panel)
+// packs columns of the factor.
+template <bool ADD = false, class C, class Pack>
+void rows_times(const bf16* x, const int64_t* edges, C* out, long E, long D, long F, int threads, Pack pack,
+                const float* plus = nullptr) {
     const Work work(E, F, edges[E] - edges[0], threads);
 #pragma omp parallel num_threads(useful((edges[E] - edges[0]) * F, threads))
     {
@@ -160,7 +171,11 @@ void rows_times(const bf16* x, const int64_t* edges, bf16* out, long E, long D, 
             pack(e, from, columns, panel);
             const long top = edges[e] + rows.from;
             const uint32_t* a = reinterpret_cast<const uint32_t*>(x + top * D);
-            BY_VECTORS(by_rows, columns, a, panel, D / 2, out + top * F + from, F, columns, rows.to - rows.from)
+            const auto some = [&](auto vectors) {
+                by_rows<decltype(vectors)::value, ADD>(a, panel, D / 2, out + top * F + from, F, columns, rows.to - rows.from,
+                                                       plus + (ADD ? top * F + from : 0));
+            };
+            BY_VECTORS(some_vectors, columns, some)
         }
     }
 }
@@ -181,10 +196,11 @@ void product(const bf16* x, const float* weight, const int64_t* edges, bf16* out
     });
 }
 
-// x [G, F] times the transpose of weight [E, D, F] -> out [G, D]. F is even.
-void product_transposed(const bf16* x, const float* weight, const int64_t* edges, bf16* out, long E, long D, long F,
-                        int threads) {
-    rows_times(x, edges, out, E, F, D, threads, [=](long e, long from, long columns, uint32_t* panel) {
+// x [G, F] times the transpose of weight [E, D, F] -> out [G, D], ADD: and `plus` [G, D]. F is even.
+template <bool ADD = false, class C>
+void product_transposed(const bf16* x, const float* weight, const int64_t* edges, C* out, long E, long D, long F, int threads,
+                        const float* plus = nullptr) {
+    const auto pack = [=](long e, long from, long columns, uint32_t* panel) {
         const float* w = weight + (e * D + from) * F;
         for (long j = 0; j < PANEL; j += LANES)  // sixteen pairs of sixteen columns at a time
             for (long p = 0; p < F / 2; p += LANES) {
@@ -200,7 +216,8 @@ void product_transposed(const bf16* x, const float* weight, const int64_t* edges
                 for (long q = 0; q < std::min(LANES, F / 2 - p); q++)
                     _mm512_store_si512(panel + (p + q) * PANEL + j, some[q]);
             }
-    });
+    };
+    rows_times<ADD>(x, edges, out, E, F, D, threads, pack, plus);
 }
 
 // Rows 0 and 1, 2 and 3 and so on as pairs, W of them one after another; those past `count` rows or columns are zeros.

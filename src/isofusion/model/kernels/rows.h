@@ -22,10 +22,11 @@ void rms_norm(const float* x, const float* gain, O* out, float* scale, long T, l
     }
 }
 
-// With u = x * scale: d x = scale * (g * gain - u * mean(g * gain * u)), d gain = sum over slots of g * u.
+// With u = x * scale: d x = scale * (g * gain - u * mean(g * gain * u)), d gain = sum over slots of g * u. `plus`: what is
+// added to d x, or null.
 template <class O>
-void rms_norm_backward(const O* grad, const float* x, const float* gain, const float* scale, float* to_x, float* to_gain,
-                       long T, long D, int threads) {
+void rms_norm_backward(const O* grad, const float* x, const float* gain, const float* scale, const float* plus, float* to_x,
+                       float* to_gain, long T, long D, int threads) {
     threads = useful(T * D, threads);
     std::vector<float> sums(size_t(threads) * D, 0.0f);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -44,8 +45,13 @@ void rms_norm_backward(const O* grad, const float* x, const float* gain, const f
                 along += part * gain[d];
             }
             const float back = along / float(D) * s;
+            float* to = to_x + t * D;
+            if (plus)
 #pragma omp simd
-            for (long d = 0; d < D; d++) to_x[t * D + d] = s * (load(g + d) * gain[d] - row[d] * back);
+                for (long d = 0; d < D; d++) to[d] = plus[t * D + d] + s * (load(g + d) * gain[d] - row[d] * back);
+            else
+#pragma omp simd
+                for (long d = 0; d < D; d++) to[d] = s * (load(g + d) * gain[d] - row[d] * back);
         }
         std::memcpy(sums.data() + size_t(p) * D, own, D * sizeof(float));
     }

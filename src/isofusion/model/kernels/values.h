@@ -159,11 +159,12 @@ struct Paired {
         for (long c = 0; c < columns; c += PANEL) {
             const uint32_t* panel = right + c * all;
             const long some = std::min(PANEL, columns - c);
+            const float* plus = ADD ? reinterpret_cast<const float*>(to + c) : nullptr;
             switch (up(some) / LANES) {
-                case 1: tile<BLOCK, 1, 1 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid); break;
-                case 2: tile<BLOCK, 2, 2 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid); break;
-                case 3: tile<BLOCK, 3, 3 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid); break;
-                default: tile<BLOCK, 4, 4 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid);
+                case 1: tile<BLOCK, 1, 1 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid, plus); break;
+                case 2: tile<BLOCK, 2, 2 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid, plus); break;
+                case 3: tile<BLOCK, 3, 3 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid, plus); break;
+                default: tile<BLOCK, 4, 4 * LANES, ADD>(left, at, panel, pairs, to + c, line, 1, some, valid, plus);
             }
         }
     }
