@@ -42,7 +42,7 @@ WITHIN void hide(float* row, long seen, long end) {
 
 // Row b of scores becomes their softmax over the first seen[b] of them, and zeros up to `end`, a multiple of LANES.
 APART void softmax(float* s, long line, const long* seen, long end, float* logsumexp) {
-    vec sums[BLOCK];
+    vec sums[BLOCK], all_sums = all<vec>(1.0f);
     float top[BLOCK];
     for (int b = 0; b < BLOCK; b++) {
         float* row = s + b * line;
@@ -53,13 +53,15 @@ APART void softmax(float* s, long line, const long* seen, long end, float* logsu
     }
     for (int b = 0; b < BLOCK; b++) {
         sums[b] = vec{};
-        for (long j = 0; j < end; j += LANES) sums[b] += at(s + b * line + j) = exp_of(at(s + b * line + j) - top[b]);
+        for (long j = 0; j < end; j += LANES) sums[b] += at(s + b * line + j) = exp_of_negative(at(s + b * line + j) - top[b]);
     }
     for (int b = 0; b < BLOCK; b++) {
         const float sum = seen[b] ? sum_of(sums[b]) : 1.0f, share = 1.0f / sum;
         for (long j = 0; j < end; j += LANES) at(s + b * line + j) *= share;
-        logsumexp[b] = top[b] + std::log(sum);
+        all_sums[b] = sum;
     }
+    const vec logs = log_of(all_sums);
+    for (int b = 0; b < BLOCK; b++) logsumexp[b] = top[b] + logs[b];
 }
 
 // Scores become weights again, and the gradient `of` the weights becomes that of the scores.
@@ -70,7 +72,7 @@ APART void softmax_back(float* s, float* of, long line, const long* seen, long e
         hide(row, seen[b], end);
         sums[b] = vec{};
         for (long j = 0; j < end; j += LANES) {
-            at(row + j) = exp_of(at(row + j) - logsumexp[b]);
+            at(row + j) = exp_of_negative(at(row + j) - logsumexp[b]);
             sums[b] += at(row + j) * at(other + j);
         }
     }

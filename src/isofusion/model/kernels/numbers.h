@@ -37,6 +37,18 @@ WITHIN F all(float x) {  // a number, or a vector of it
     return F{} + x;
 }
 
+// exp(r) near 0.
+template <class F>
+WITHIN F exp_near(F r) {
+    F p = all<F>(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return p * r * r + r + 1.0f;
+}
+
 // exp(x), relative error below 2e-7; 0 below -87 and infinite from 88.4, just inside of what float32 holds. NaN
 // stays NaN, because every comparison with it is false. F: float, or a vector of them; U: unsigned, as wide.
 template <class F, class U>
@@ -45,14 +57,7 @@ WITHIN F exp_as(F x) {
     const F below = hot < x ? hot : x, z = cold > below ? cold : below;
     const F shifted = z * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
     const F n = shifted - 12582912.0f;
-    const F r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
-    F p = all<F>(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    const F p = exp_near((z - n * 0.693359375f) + n * 2.12194440e-4f);
     U bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     bits = (bits + 127u) << 23;

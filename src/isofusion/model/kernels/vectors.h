@@ -14,7 +14,34 @@ namespace {
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
 
-WITHIN vec exp_of(vec x) { return exp_as<vec, vec_bits>(x); }
+// exp of what is not above 0 (NaN stays NaN), as exp_as, but down to the smallest numbers of float32.
+WITHIN vec exp_of_negative(vec x) {
+#if defined(VECTORS512)
+    const __m512 z = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // of a NaN and a number the second
+    const __m512 n = _mm512_roundscale_ps(z * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vec)_mm512_scalef_ps((__m512)exp_near((z - n * 0.693359375f) + n * 2.12194440e-4f), n);
+#else
+    return exp_as<vec, vec_bits>(x);
+#endif
+}
+
+// log of normal numbers, relative error below 2e-7 from 1 on; NaN stays NaN. (Cephes' logf.)
+WITHIN vec log_of(vec x) {
+    vec_bits bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    vec m, power = __builtin_convertvector((bits >> 23) - 127u, vec);
+    bits = (bits & 0x7fffffu) | 0x3f800000u;
+    std::memcpy(&m, &bits, sizeof m);
+    const vec root = all<vec>(1.41421356f);
+    power = root < m ? power + 1.0f : power;
+    m = (root < m ? m * 0.5f : m) - 1.0f;
+    vec p = all<vec>(7.0376836292e-2f);
+    for (const float next : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                             2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f})
+        p = p * m + next;
+    const vec square = m * m, log = p * m * square - power * 2.12194440e-4f - 0.5f * square + m + power * 0.693359375f;
+    return x == x ? log : x;
+}
 
 // Of the sixteen numbers of a vector.
 WITHIN float sum_of(const vec& x) {
