@@ -78,6 +78,27 @@ def test_attention_and_its_gradient_are_those_of_the_formulas(head: int, dtype: 
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logsumexp_of_any_height_of_scores(dtype: torch.dtype) -> None:
+    """Both passes use it: one shift of it would make every weight of the backward pass wrong."""
+    plan, head = plan_of([1, 9, 40, 78], {}, 8), 8
+    for height in (1e-3, 1.0, 60.0):
+        qkv, gain = noise(128, 3 * head, dtype=dtype), torch.full((head,), height)
+        _, logsumexp = native.attention(qkv, gain, torch.ones(head), plan.phase, plan.edges, plan.last, EPS)
+        exact = qkv.double().view(128, 3, head)
+        q, k = (F.rms_norm(exact[:, i], (head,), eps=EPS) for i in (0, 1))
+        turned = [
+            torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * plan.phase[:, 0]).flatten(-2)
+            for x in (q, k)
+        ]
+        scores = height * turned[0] @ turned[1].T
+        first = torch.repeat_interleave(plan.edges[:-1], plan.edges.diff())
+        slot = torch.arange(128)
+        wanted = scores.masked_fill((slot < first[:, None]) | (slot > plan.last[:, None]), float("-inf")).logsumexp(-1)
+        torch.testing.assert_close(logsumexp[:, 0].double(), wanted, rtol=2e-6, atol=1e-5)
+
+
+@needs_native
 def test_scores_are_not_rounded_in_bf16() -> None:
     """One key is ahead of another by less than bf16 tells apart at that height (128 and 128.1: steps of 1)."""
     plan = plan_of([2], {}, 2)
@@ -403,6 +424,7 @@ def test_the_operators_are_what_torch_compile_believes() -> None:
     checks: dict[str, tuple[Any, ...]] = {
         **({"linear": (low, weight)} if native.multiplies() else {}),
         **({"linear_backward": (low[:, :6].contiguous(), low, weight, True)} if native.multiplies() else {}),
+        **({"linear_plus": (low, weight, noise(14, 6))} if native.multiplies() else {}),
         "attention": (qkv, gain, gain, *both, EPS),
         "attention_backward": (out, qkv, gain, gain, *both, logsumexp, EPS),
         "rms_norm": (x, gain, EPS, torch.bfloat16),

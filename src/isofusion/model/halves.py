@@ -1,8 +1,8 @@
 """Half a block as one operation: norm, product, attention or SwiGLU, product, and the sum with what came in.
 
-On a CPU whose products are native (`native.multiplies`) a block is two of these instead of a dozen operations: the sums
-with the residual stream and the gradients that meet there take no pass of their own, and what comes back from the second
-product is added in float32, not rounded first. Everything else takes the parts of block.py one by one.
+On a CPU whose products are native (`native.multiplies`) a block is two of these instead of a dozen operations: sums
+with the residual stream, and of the gradients that meet there, take no pass of their own, and what comes from the
+second product is added in float32, not rounded first. Everything else takes the parts of block.py one by one.
 
 T slots, D width, H heads, K head_dim, F feed-forward hidden
 """

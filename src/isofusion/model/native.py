@@ -184,10 +184,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     lambda x, weight, plus: torch.empty_like(plus),
 )
 def linear_plus(x: Tensor, weight: Tensor, plus: Tensor) -> Tensor:
-    """`plus + x @ weight.T`, float32 [T, out]: the product as `linear`'s, but not rounded to bf16 before it is added."""
+    """`plus + x @ weight.T`, float32 [T, out]: as `linear`, but not rounded to bf16 before it is added."""
     plus = plus.contiguous()
     out = torch.empty(plus.shape, dtype=torch.float32)
-    _call("product_transposed_plus", x.dtype, x.contiguous(), weight.contiguous(), _whole(x), plus, out, 1, *weight.shape)
+    _call(
+        "product_transposed_plus", x.dtype, x.contiguous(), weight.contiguous(), _whole(x), plus, out, 1, *weight.shape
+    )
     return out
 
 
