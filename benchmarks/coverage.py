@@ -8,6 +8,7 @@ main     6 sizes x 2 seeds and 12 x 1, 5 budgets, trunk 0.5 %, branch 0.2 % of t
 noisy    the same designs with twice that noise
 methods  the same designs with rows, residuals and trunks resampled: what ignoring trunks costs
 profile  the same designs, profile likelihood (a fifth of the studies)
+odd      the same designs and 8 sizes x 6 budgets from scratch with 1 % noise, without and with one run x 1.5 and x 3
 floor    which designs bound E: sizes, seeds, range of N and D (a third of the studies)
 The result file keeps the parts that a run does not touch.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from isofusion.laws.coverage import Coverage, Design, cover
@@ -24,13 +26,15 @@ from isofusion.laws.coverage import Coverage, Design, cover
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TWO = (Design(6, 2), Design(12, 1))
 NOISY = (Design(6, 2, trunk=0.01, branch=0.004), Design(12, 1, trunk=0.01, branch=0.004))
+FLAT = Design(8, budgets=6, trunk=0.0, branch=0.01, branched=False)
+ODD = (FLAT, *(replace(design, odd=factor) for design in (*TWO, FLAT) for factor in (1.5, 3.0)))
 NARROW = (1e8, 4e8), (2e9, 8e9)
 FLOOR = tuple(
     [Design(sizes, seeds) for sizes, seeds in ((3, 1), (4, 1), (5, 1), (3, 2), (6, 1), (4, 2), (8, 1))]
     + [Design(sizes, n_range=NARROW[0], d_range=NARROW[1]) for sizes in (3, 4, 5, 6)]
     + [Design(sizes, budgets=3, branched=False) for sizes in (3, 4)]
 )
-PARTS = ("main", "noisy", "methods", "profile", "floor")
+PARTS = ("main", "noisy", "odd", "methods", "profile", "floor")
 
 
 def show(found: Coverage, seconds: float) -> None:
@@ -54,6 +58,7 @@ def main() -> None:
     jobs = {
         "main": [(design, "hierarchical", args.studies) for design in TWO],
         "noisy": [(design, "hierarchical", args.studies) for design in NOISY],
+        "odd": [(design, "hierarchical", args.studies) for design in ODD],
         "methods": [(design, method, args.studies) for method in ("row", "residual", "trunk") for design in TWO],
         "profile": [(design, "profile", max(20, args.studies // 5)) for design in TWO],
         "floor": [(design, "hierarchical", max(20, args.studies // 3)) for design in FLOOR],

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from isofusion.laws.bootstrap import refit
 from isofusion.laws.fit import fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.objective import huber
+from isofusion.laws.refit import refit
 from isofusion.laws.table import Runs
 
 RESULTS = Path(__file__).parent / "results" / "fit_epoch.json"

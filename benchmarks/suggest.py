@@ -36,10 +36,10 @@ from typing import Any
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.bootstrap import refit
 from isofusion.laws.candidates import Candidates, Prices, Target, place
 from isofusion.laws.design import Points, Spread, believe, calibrate, scale_of
 from isofusion.laws.fit import fit_law
+from isofusion.laws.refit import refit
 from isofusion.laws.suggest import (
     POWERS,
     STRATEGIES,

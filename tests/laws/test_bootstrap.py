@@ -15,10 +15,10 @@ from isofusion.laws.bootstrap import (
     bootstrap_many,
     corrected_residuals,
     estimate_noise,
-    refit,
 )
 from isofusion.laws.coverage import Design, studies
 from isofusion.laws.fit import fit_law
+from isofusion.laws.refit import refit
 from isofusion.laws.table import Runs
 
 

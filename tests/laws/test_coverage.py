@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,9 @@ def test_the_design_is_what_it_says() -> None:
     noise = design.simulate(np.random.default_rng(0), 400) - np.log(runs.loss)
     trunk = noise.reshape(400, 8, 3)
     assert trunk.std() == pytest.approx(np.hypot(0.01, 0.001), rel=0.05)
+    wrong = replace(design, odd=3.0).simulate(np.random.default_rng(0), 400) - np.log(runs.loss)
+    assert (np.isclose(wrong, noise + np.log(3.0)).sum(axis=1) == 1).all()
+    assert np.isclose(wrong, noise).sum() == 400 * 23
     assert (trunk - trunk.mean(axis=2, keepdims=True)).std() == pytest.approx(0.001 * np.sqrt(2 / 3), rel=0.05)
 
 
@@ -60,5 +65,7 @@ def test_bad_requests() -> None:
         Design(0)
     with pytest.raises(InputError, match="spreads >= 0"):
         Design(6, trunk=-0.1)
+    with pytest.raises(InputError, match="positive factor of one run's loss"):
+        Design(6, odd=0.0)
     with pytest.raises(InputError, match="cannot determine the N term"):
         cover(Design(2), 20)

@@ -83,6 +83,26 @@ def test_drift_of_the_grid_biases_the_exponent_and_the_interval_removes_it() -> 
     assert covered >= 10  # of 12; 11.4 expected
 
 
+def test_an_odd_run_is_in_every_simulated_curve() -> None:
+    """The parabola is bent by a run 10 % off, and the interval of a knows by how much: without that 6 of 12."""
+    c = np.repeat(np.geomspace(1e18, 1e21, 7), 9)
+    n = closed_form(LAW, c)[0] * np.tile(np.geomspace(1 / 6, 6, 9), 7)
+    covered, width = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        loss = LAW.predict(n, c / 6 / n) * np.exp(0.003 * rng.standard_normal(len(n)))
+        loss[rng.integers(len(n))] *= 1.1
+        runs = Runs.of(n, c / 6 / n, loss)
+        law = isoflops(runs, fit=fit_law(runs, grid=6), draws=100, seed=seed).power["parabola"]
+        assert law is not None
+        assert law.interval is not None
+        low, high = law.interval
+        covered.append(low <= float(exponents(LAW)["a"]) <= high)
+        width.append(high - low)
+    assert sum(covered) >= 10
+    assert np.median(width) < 0.03  # 0.08 with one spread for all
+
+
 def test_budgets_without_a_bracketed_minimum_are_named() -> None:
     runs = design(LAW, 4.0, sizes=5)
     far = np.flatnonzero(runs.c > 5e20)

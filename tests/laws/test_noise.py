@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from isofusion.laws.bootstrap import _draw, bootstrap
+from isofusion.laws.coverage import Design, cover, studies
 from isofusion.laws.fit import fit_law
 from isofusion.laws.noise import estimate_noise, tangent
+from isofusion.laws.profile import profile
 from isofusion.laws.table import Runs
 
 
@@ -32,6 +36,56 @@ def test_henderson_3_as_matrices(simulate: Callable[..., Runs], seeds: tuple[int
     assert found.branch_freedom == len(runs) - both.shape[1]
     assert between > 0
     assert (found.branch**2, found.trunk**2) == pytest.approx((within, between), rel=1e-10)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5, 3.0])
+def test_one_wild_run_sets_no_spread(factor: float) -> None:
+    """48 runs with 1 % noise: one run x 1.5 had made intervals five times as wide, x 3 twelve times."""
+    runs = next(studies(Design(8, budgets=6, trunk=0.0, branch=0.01, branched=False), 1, seed=1)).runs
+    wrong = runs.loss.copy()
+    wrong[13] *= factor
+    clean, odd = fit_law(runs), fit_law(runs.with_loss(wrong))
+    found = estimate_noise(odd)
+    assert found.odd.tolist() == [13]
+    assert found.to_dict()["odd"] == 1
+    assert found.branch_freedom == estimate_noise(clean).branch_freedom - 1
+    assert found.branch == pytest.approx(estimate_noise(clean).branch, rel=0.1)
+    drawn = bootstrap(odd, 300)
+    assert "1 odd run resampled instead" in drawn.note
+    for name in ("E", "alpha", "beta"):
+        (low, high), (own_low, own_high) = drawn.interval(name), bootstrap(clean, 300).interval(name)
+        assert 0.8 < (high - low) / (own_high - own_low) < 1.3
+        assert low < getattr(odd, name) < high
+    span = profile(odd, "alpha", draws=100)
+    usual = profile(clean, "alpha", draws=100)
+    assert None not in (span.low, span.high, usual.low, usual.high)
+    assert (span.high - span.low) / (usual.high - usual.low) < 1.3  # type: ignore[operator]
+
+
+def test_rows_of_an_odd_trunk_are_there_or_not_together() -> None:
+    runs = next(studies(Design(12), 1, seed=3)).runs
+    wrong = np.where(runs.group == "trunk 7-0", 1.2, 1.0)
+    wrong[3] = 2.0
+    fit = fit_law(runs.with_loss(runs.loss * wrong))
+    noise = estimate_noise(fit)
+    assert sorted(noise.odd) == [3, *np.flatnonzero(runs.group == "trunk 7-0")]
+    log_loss, weights, _ = _draw(fit, noise, "hierarchical", 100, 0, 3)
+    assert weights is not None
+    assert (log_loss[:, noise.odd] == np.log(fit.runs.loss[noise.odd])).all()
+    trunk = weights[:, runs.group == "trunk 7-0"]
+    assert (trunk == trunk[:, :1]).all()
+    assert trunk[:, 0].mean() == pytest.approx(1.0, abs=0.35)
+    assert (trunk[:, 0] != weights[:, 3]).any()
+    assert (np.delete(weights, noise.odd, axis=1) == 1.0).all()
+
+
+def test_a_table_with_an_odd_run_covers_like_one_without() -> None:
+    """60 studies: binomial tails put a true 95 % above 86 % with probability 0.997."""
+    design = Design(12, 1, odd=1.5)
+    clean, odd = cover(replace(design, odd=1.0), 60, draws=100), cover(design, 60, draws=100)
+    for name in ("alpha", "beta", "N*(C)", "loss at 10x C"):
+        assert odd[name].cover >= 0.86, name
+        assert odd[name].width < 1.3 * clean[name].width, name
 
 
 def test_ten_thousand_runs_take_little_memory(simulate: Callable[..., Runs]) -> None:

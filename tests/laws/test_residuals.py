@@ -11,9 +11,11 @@ import pytest
 from isofusion.laws.analysis import analyse
 from isofusion.laws.basis import of_fit
 from isofusion.laws.bootstrap import bootstrap
+from isofusion.laws.coverage import Design, studies
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.forms import Params
-from isofusion.laws.residuals import pull_warning, pulls, residual_warnings
+from isofusion.laws.noise import estimate_noise
+from isofusion.laws.residuals import odd_runs, pull_warning, pulls, residual_warnings
 from isofusion.laws.table import Array, Runs
 
 
@@ -55,6 +57,27 @@ def test_rounding_of_a_table_made_from_a_law_is_no_uneven_spread(truth: Params) 
     assert told.code == "uneven-spread"
 
 
+def test_steady_branches_do_not_make_their_trunks_odd() -> None:
+    """Branches of 0.02 % tell nothing of trunks of 0.5 %: before, 49 of 500 such tables had odd runs. An odd
+    row is found inside its trunk, an odd trunk beside the others.
+    """
+    every = list(studies(Design(8, 1, 5, trunk=0.005, branch=0.0002), 200, seed=5))
+    assert sum(len(odd_runs(fit.residuals, 5, fit.runs.group)) > 0 for fit in every) <= 3
+    fit = every[0]
+    row, trunk = fit.residuals.copy(), fit.residuals.copy()
+    row[17] += 0.01  # twice the luck of a trunk, 50 times that of a branch
+    assert odd_runs(row, 5, fit.runs.group).tolist() == [17]
+    trunk[fit.runs.group == fit.runs.group[17]] += 0.3
+    assert sorted(odd_runs(trunk, 5, fit.runs.group)) == np.flatnonzero(fit.runs.group == fit.runs.group[17]).tolist()
+
+
+def test_of_two_branches_the_one_far_from_the_law_is_odd() -> None:
+    group = np.repeat([f"t{i}" for i in range(10)], 2)
+    residuals = 1e-3 * np.random.default_rng(0).standard_normal(20)
+    residuals[7] = -0.4
+    assert odd_runs(residuals, 5, group).tolist() == [7]
+
+
 def test_rows_of_a_trunk_are_no_independent_witnesses(truth: Params) -> None:
     """One unlucky trunk of 20 rows is one number, not twenty; with few trunks nothing is said of N."""
     runs = grid(truth, lambda n, d: np.full(len(n), 1e-4), sizes=6, budgets=20)
@@ -72,9 +95,19 @@ def test_an_odd_run_is_named_with_what_it_does_to_the_intervals(truth: Params) -
     (told,) = said(fit, "odd-run")
     assert f"the run N = {runs.n[13]:.4g}, D = {runs.d[13]:.4g}, loss {wrong[13]:.4g} is" in told
     assert "% above the law" in told
-    assert "intervals rest on a spread of 2.4 %, 0.19 % without" in told
+    assert "take the spread of the other runs, 0.19 % (2.4 % with all), and resample such rows" in told
     assert said(fit_law(runs), "odd-run") == []
     assert any(w["code"] == "odd-run" for w in analyse(runs.with_loss(wrong), draws=0).warnings())
+
+
+def test_an_odd_run_without_which_the_law_is_not_identified_stays_in(truth: Params) -> None:
+    """The third size is one run, three times too high: set apart, alpha would rest on two sizes."""
+    runs = grid(truth, lambda n, d: np.full(len(n), 0.002), sizes=2, budgets=8)
+    n, d = np.append(runs.n, 1e12), np.append(runs.d, 2e11)
+    fit = fit_law(Runs.of(n, d, np.append(runs.loss, 3.0 * truth.predict(1e12, 2e11))), fixed_e=None)
+    assert len(estimate_noise(fit).odd) == 0
+    kept = residual_warnings(fit.runs, np.append(np.tile([1e-3, -1e-3], 8), 0.5), 5, apart=False)[0].message
+    assert "intervals rest on a spread of 14 %, 0.12 % without: too few other runs to set it apart" in kept
 
 
 def test_a_third_of_the_laws_loss_is_67_percent_below_it(truth: Params) -> None:
@@ -119,12 +152,17 @@ def test_few_degrees_of_freedom_are_told(truth: Params, rows: int, degrees: str)
 
 
 def test_epochs_points_name_the_rows_that_were_published_as_outliers(epoch: Runs, epoch240: Runs) -> None:
-    """Without the five largest losses the spread grows with N, and resampled rows give beta a wider interval."""
+    """Without the five largest losses the spread grows with N, and resampled rows give beta a wider interval. With
+    them beta's interval is that of resampled rows and holds what is fitted without them, 0.367.
+    """
     (told,) = said(fit_law(epoch), "odd-run")
     largest = np.sort(epoch.loss)[-5:]
     assert sum(f"loss {loss:.4g}" in told for loss in largest) == 3
     assert "and 1 more" in told
+    low, high = bootstrap(fit_law(epoch), 400).interval("beta")
+    assert low < 0.37
+    assert high > 0.56
     fit = fit_law(epoch240)
     assert "with N +0.2" in said(fit, "uneven-spread")[0]
     narrow, wide = (bootstrap(fit, 400, method=m).interval("beta") for m in ("hierarchical", "row"))
-    assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])
+    assert wide[1] - wide[0] > 1.2 * (narrow[1] - narrow[0])

@@ -2,9 +2,9 @@
 
 Default: hierarchical parametric bootstrap (docs/laws.md). Branches of one trunk share its luck, so a simulated
 study is  log L* = log L_fit + u_trunk + e_branch  with the spreads of noise.py, drawn too, and it is refitted with the
-objective of the fit. Options: resampled residuals (leverage-corrected), rows, or trunks (clusters); rows of one trunk
-are not independent, so row and residual intervals are too narrow where trunks have luck. What the options cost in
-coverage and width is measured by benchmarks/coverage.py.
+objective of the fit; odd runs are resampled instead (noise.py). Options: resampled residuals (leverage-corrected),
+rows, or trunks (clusters); rows of one trunk are not independent, so row and residual intervals are too narrow where
+trunks have luck. What the options cost in coverage and width is measured by benchmarks/coverage.py.
 Legend: S draws, m runs, q trunks.
 """
 
@@ -17,14 +17,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.fit import LawFit, at_bound, continuation, follow
+from isofusion.laws.fit import LEAST, LawFit
 from isofusion.laws.forms import Params
 from isofusion.laws.interval import interval
-from isofusion.laws.noise import LEAST, Noise, estimate_noise, simulate_noise, tangent
-from isofusion.laws.objective import Problem
+from isofusion.laws.noise import Noise, estimate_noise, simulate_noise, tangent
+from isofusion.laws.refit import refit, without
 from isofusion.laws.table import Array
 
-__all__ = ["LEAST", "Intervals", "Noise", "Refusal", "bootstrap", "bootstrap_many", "estimate_noise", "refit"]
+__all__ = ["LEAST", "Intervals", "Noise", "Refusal", "bootstrap", "bootstrap_many", "estimate_noise"]
 
 Method = Literal["hierarchical", "residual", "row", "trunk"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -73,7 +73,7 @@ class Intervals:
         noise = self.noise
         if name != "E" or self.fit.form.fixed_e is not None or noise.freedom >= FLOOR_FREEDOM:
             return None
-        trunks, plural = len(np.unique(self.fit.runs.group)), "s" * (noise.freedom != 1)
+        trunks, plural = len(np.unique(np.delete(self.fit.runs.group, noise.odd))), "s" * (noise.freedom != 1)
         return (
             f"the noise between trunks rests on {noise.freedom} degree{plural} of freedom ({trunks} trunks, 3 of them "
             f"fix the law's level); below {FLOOR_FREEDOM} intervals for the irreducible loss miss it far too often. "
@@ -97,7 +97,7 @@ class Intervals:
         return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)
 
     def predictive(self, n: Array, d: Array, group: np.ndarray | None = None) -> tuple[Array, Array]:
-        """Interval for the loss a new run at (n, d) would show: fit uncertainty plus trunk and branch noise.
+        """Interval for the loss a new run at (n, d), no odd one, would show: fit uncertainty, trunk and branch noise.
 
         Raises InputError where the runs cannot tell how lucky a trunk is (`Noise.unknown`).
         """
@@ -123,31 +123,6 @@ class Intervals:
             "intervals": {n: None if self.refusal(n) else list(self.interval(n)) for n in self.fit.names},
             "refused": {n: reason for n in self.fit.names if (reason := self.refusal(n))},
         }
-
-
-def refit(
-    fit: LawFit, log_loss: Array | None = None, weights: Array | None = None, start: Array | None = None
-) -> tuple[Params, Array, np.ndarray]:
-    """Refit draws, warm-started at `fit` or at start [S, 5]: log losses [S, m] and/or row weights [S, m].
-
-    Returns parameters [S], objectives [S] and whether an exponent ended at a bound [S].
-    """
-    problem = Problem.of(fit.runs, fit.form, fit.scale, fit.bounds).but(log_loss=log_loss, weights=weights)
-    draws = len(log_loss) if log_loss is not None else len(weights) if weights is not None else 1
-    if start is None:
-        start = np.repeat(fit.theta[None], draws, axis=0)
-    stages = [d for d in continuation(fit.delta) if d <= max(fit.delta, 1e-2) * 1.001]
-    end = follow(start, problem, stages)
-    params = fit.scale.to_params(end.theta)
-    gone = np.full(draws, np.nan)
-    params = Params(
-        params.E if fit.form.fixed_e is None else np.full(draws, fit.form.fixed_e),
-        params.A if fit.form.n_term else np.zeros(draws),
-        params.alpha if fit.form.n_term else gone,
-        params.B if fit.form.d_term else np.zeros(draws),
-        params.beta if fit.form.d_term else gone,
-    )
-    return params, end.objective, at_bound(end.theta, problem)
 
 
 def bootstrap(
@@ -188,7 +163,9 @@ def bootstrap_many(
         _draw(fit, noise, method, draws, seed, least) for fit, noise, seed in zip(fits, noises, seeds, strict=True)
     ]
     log_loss = np.concatenate([part[0] for part in parts])
-    weights = None if parts[0][1] is None else np.concatenate([part[1] for part in parts if part[1] is not None])
+    weights = None
+    if any(part[1] is not None for part in parts):
+        weights = np.concatenate([np.ones_like(part[0]) if part[1] is None else part[1] for part in parts])
     start = np.repeat(np.stack([fit.theta for fit in fits]), draws, axis=0)
     params, objective, bound = refit(fits[0], log_loss, weights, start)
     out = []
@@ -207,8 +184,18 @@ def _draw(
     runs = fit.runs
     centre = np.log(fit.predict(runs.n, runs.d))
     if method == "hierarchical":
-        log_loss = centre + simulate_noise(rng, noise, runs.group, draws, least)
-        return log_loss, None, f"simulated studies; noise from {noise.source}"
+        log_loss = simulate_noise(rng, noise, runs.group, draws, least)
+        note = f"simulated studies; noise from {noise.source}"
+        if not len(noise.odd):
+            return centre + log_loss, None, note
+        others = without(fit, noise.odd)
+        log_loss += np.log(others.predict(runs.n, runs.d))
+        log_loss[:, noise.odd] = np.log(runs.loss[noise.odd])
+        weights = np.ones_like(log_loss)
+        trunks, member = np.unique(runs.group[noise.odd], return_inverse=True)
+        weights[:, noise.odd] = rng.poisson(1.0, (draws, len(trunks)))[:, member]
+        plural = "s" * (len(noise.odd) > 1)
+        return log_loss, weights, f"{note}; {len(noise.odd)} odd run{plural} resampled instead"
     if method == "residual":
         log_loss = centre + corrected_residuals(fit)[rng.integers(0, len(runs), size=(draws, len(runs)))]
         note = "residuals resampled (leverage-corrected); runs of one trunk are treated as independent"

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.bootstrap import Intervals, Method, bootstrap_many, refit
+from isofusion.laws.bootstrap import Intervals, Method, bootstrap_many
 from isofusion.laws.fit import DELTA, LawFit, fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import closed_form
+from isofusion.laws.refit import refit
 from isofusion.laws.table import Array, Runs
 
 LAW = Params.of(1.904, 260.0, 0.301, 1850.0, 0.335)  # early fusion's E, alpha, beta (arXiv 2504.07951 Table 2)
@@ -35,7 +36,7 @@ class Design:
 
     n_range in parameters and d_range in tokens, both spaced evenly in the logarithm. trunk, branch: standard deviation
     of log loss (relative loss). branched=False: every run is trained from scratch, with luck of its own, and the table
-    names no trunks. law: the truth.
+    names no trunks. odd: one run of each study, drawn at random, has this times its loss. law: the truth.
     """
 
     sizes: int
@@ -46,6 +47,7 @@ class Design:
     trunk: float = 0.005
     branch: float = 0.002
     branched: bool = True
+    odd: float = 1.0
     law: Params = LAW
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class Design:
             )
         if min(self.trunk, self.branch) < 0:
             raise InputError(f"trunk spread {self.trunk}, branch spread {self.branch}: give spreads >= 0 of log loss")
+        if not self.odd > 0:
+            raise InputError(f"odd = {self.odd}: give a positive factor of one run's loss, 1 for none")
 
     @property
     def label(self) -> str:
@@ -62,7 +66,8 @@ class Design:
         span = f"N over {self.n_range[1] / self.n_range[0]:.3g}x, D over {self.d_range[1] / self.d_range[0]:.3g}x"
         runs = f"{self.sizes} sizes x {self.seeds} seeds x {self.budgets} budgets"
         noise = f"trunk {100 * self.trunk:.3g} %, branch {100 * self.branch:.3g} %"
-        return f"{runs}, {span}, {noise}" + ("" if self.branched else ", no branches")
+        odd = "" if self.odd == 1.0 else f", one run x {self.odd:g}"
+        return f"{runs}, {span}, {noise}" + ("" if self.branched else ", no branches") + odd
 
     def runs(self) -> Runs:
         """The study without noise."""
@@ -90,7 +95,9 @@ class Design:
         runs = self.runs()
         trunks, member = np.unique(runs.group, return_inverse=True)  # without branches: one per run
         luck = self.trunk * rng.standard_normal((studies, len(trunks)))
-        return np.log(runs.loss) + luck[:, member] + self.branch * rng.standard_normal((studies, len(runs)))
+        out = np.log(runs.loss) + luck[:, member] + self.branch * rng.standard_normal((studies, len(runs)))
+        out[np.arange(studies), rng.integers(len(runs), size=studies)] += np.log(self.odd)
+        return out
 
     def quantities(self) -> dict[str, Quantity]:
         """What is judged: alpha, beta, log N*(C) at the study's largest 6ND compute C, the frontier's loss at 10 C, E.

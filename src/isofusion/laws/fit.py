@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from isofusion.errors import InputError
 from isofusion.laws.formfit import FormFit, fit_form
 from isofusion.laws.forms import NAMES, Form, Params, Scale
 from isofusion.laws.formwarn import FLAT, FLAT_SAYS
 from isofusion.laws.objective import Problem, Solution, jacobian, minimise, terms, value
-from isofusion.laws.residuals import residual_warnings
+from isofusion.laws.residuals import odd_runs, residual_warnings
 from isofusion.laws.solve.criterion import Criterion
 from isofusion.laws.solve.paperstart import paper_starts
 from isofusion.laws.solve.restart import joined, restart
@@ -56,6 +57,7 @@ DELTA = 1e-3
 BOUNDS = (0.01, 3.0)  # of both exponents
 LOOSE = 1e-6  # predicted relative decrease at which the next stage starts
 SAME_BASIN = 1e-6  # relative difference of objectives that still counts as the same end
+LEAST = 3  # degrees of freedom of a drawn variance: below, it has no mean, and refits of such draws say nothing
 FREEDOM = 4  # degrees of freedom below which a fit is not tested by its own runs (3 sizes x 3 budgets leave 4)
 RATIO = 0.74  # of successive deltas in the fine continuation
 Starts = Literal["projection", "paper"]
@@ -194,6 +196,21 @@ def check_identified(runs: Runs, form: Form) -> None:
                 f"{what}: tokens follow parameters exactly (D ~ N^{slope:.2f}), so the N and D terms "
                 f"cannot be told apart; add runs at two or more token budgets at the smallest and at the largest size"
             )
+
+
+def spared(fit: LawFit) -> npt.NDArray[np.int64]:
+    """Odd runs of a fit (residuals.py), the farthest first, if the others identify the law and leave LEAST degrees of
+    freedom; else none.
+    """
+    odd = odd_runs(fit.residuals, len(fit.names), fit.runs.group)
+    if not len(odd):
+        return odd
+    others = fit.runs.select(np.delete(np.arange(len(fit.runs)), odd))
+    try:
+        check_identified(others, fit.form)
+    except InputError:
+        return odd[:0]
+    return odd if len(others) - len(fit.names) >= LEAST else odd[:0]
 
 
 def continuation(delta: float) -> list[float]:
@@ -393,7 +410,7 @@ def _warnings(fit: LawFit, converged: bool, gauss: Array, seen: np.ndarray) -> t
             "freedom: the law passes near its runs whatever they are, and no choice or interval can show how wrong it "
             f"is; train {FREEDOM - fit.freedom} or more other runs",
         )
-    out += residual_warnings(runs, fit.residuals, len(fit.names))
+    out += residual_warnings(runs, fit.residuals, len(fit.names), apart=len(spared(fit)) > 0)
     if fit.condition > 1e12:
         say("unidentified", f"condition number {fit.condition:.1e}: some parameters trade off exactly; widen N and D")
         return tuple(out)

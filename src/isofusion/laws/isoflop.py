@@ -22,7 +22,7 @@ from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.frontier import compute_optimal
 from isofusion.laws.interpolate import through
 from isofusion.laws.interval import interval
-from isofusion.laws.noise import estimate_noise, simulate_noise
+from isofusion.laws.noise import simulate_deviations
 from isofusion.laws.table import Array, Runs, clusters
 from isofusion.laws.warn import FitWarning
 
@@ -194,9 +194,9 @@ def isoflops(
 ) -> IsoFlops:
     """Best size per budget and N*(C), with bias and intervals.
 
-    fit: the law, where it is there already; without one that can be fitted, bias and intervals are missing and
-    `no_law` says why. cost: FLOPs per token. same: factor within which compute is one budget. draws: simulated studies
-    for the interval of a (0: none). Raises InputError where no budget has `least` sizes.
+    fit: the law of these runs, where it is there already; without one that can be fitted, bias and intervals are
+    missing and `no_law` says why. cost: FLOPs per token. same: factor within which compute is one budget. draws:
+    simulated studies for the interval of a (0: none). Raises InputError where no budget has `least` sizes.
     """
     groups, skipped = budgets_of(runs, same, least)
     if not groups:
@@ -214,7 +214,8 @@ def isoflops(
     if fit is not None and not (fit.form.n_term and fit.form.d_term):
         no_law, fit = f"{fit.form.formula} has no optimum in N", None
     loss = runs.loss / _off_budget(runs, groups, fit, cost)
-    luck = _luck(runs, fit, draws, seed) if fit is not None and draws else None
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    luck = simulate_deviations(rng, fit, draws) if fit is not None and draws else None
     out, warnings = [], []
     simulated: dict[Method, list[Array]] = {name: [] for name in SHAPES}  # per bracketed budget log N* [S]
     clean: dict[Method, list[float]] = {name: [] for name in SHAPES}  # the same of the law's own losses
@@ -278,12 +279,6 @@ def _not_bracketed(g: _Budget, loss: Array) -> str:
     if not g.x[0] < at < g.x[-1]:
         return f"a parabola through the {len(y)} sizes has no minimum between them; train sizes further from the best"
     return ""
-
-
-def _luck(runs: Runs, fit: LawFit, draws: int, seed: int) -> Array:
-    """Trunk and branch noise of the residuals in log loss, [S, all runs]."""
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    return simulate_noise(rng, estimate_noise(fit), runs.group, draws)
 
 
 def _power(

@@ -8,6 +8,12 @@ simulated study also draws the two variances, because they are known from few ru
 chi-squares with their own degrees of freedom (generalised pivots, Weerahandi 1993). The luck of trunks has as many as
 there are trunks beyond the parameters that take up their level (E, A, alpha): with three trunks none, and then nothing
 here knows it.
+
+Odd runs (residuals.py) are no noise of that kind: one would set the spread of all. The gross-error model of robust
+statistics (Huber 1964) is used: most runs follow law and noise, a few are anything. So the spreads come from the other
+runs about their own law, and a simulated study has noise on those only; an odd run keeps its observed loss, with a
+weight that says how often it is there (Poisson with mean 1, one for each trunk: Hanley & MacGibbon 2006), like a row of
+a resampled table. Tables without odd runs are not touched.
 Legend: S draws, m runs, q trunks, p fitted parameters.
 """
 
@@ -17,12 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from isofusion.laws.fit import LawFit
+from isofusion.laws.fit import LEAST, LawFit, spared
 from isofusion.laws.objective import Problem, jacobian
+from isofusion.laws.refit import without
 from isofusion.laws.table import Array, Runs, clusters
-
-LEAST = 3  # least degrees of freedom of a drawn variance: below, it has no mean, and refits of such draws say nothing
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Noise:
     seed: float | None  # spread of equal runs with another seed; None without repeated seeds
     seed_freedom: int
     source: str
+    odd: npt.NDArray[np.int64]  # runs that these spreads do not describe
 
     @property
     def total(self) -> float:
@@ -48,7 +55,7 @@ class Noise:
         return None if self.freedom else "no residual freedom left to estimate the luck of trunks"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "total": self.total}
+        return {**self.__dict__, "odd": len(self.odd), "total": self.total}
 
 
 def tangent(fit: LawFit) -> tuple[Array, Array]:
@@ -121,7 +128,10 @@ def _independent_seeds(runs: Runs, residuals: Array) -> tuple[float, float, int,
 
 
 def estimate_noise(fit: LawFit) -> Noise:
-    """Trunk and branch spread of a fit's runs (see the module docstring)."""
+    """Trunk and branch spread of a fit's runs, odd ones apart (see the module docstring)."""
+    odd = spared(fit)
+    if len(odd):
+        fit = without(fit, odd)
     runs = fit.runs
     basis, r = tangent(fit)
     trunks, member = np.unique(runs.group, return_inverse=True)
@@ -172,7 +182,16 @@ def estimate_noise(fit: LawFit) -> Noise:
         seed_spread,
         seed_free,
         source,
+        odd,
     )
+
+
+def simulate_deviations(rng: np.random.Generator, fit: LawFit, draws: int) -> Array:
+    """What runs like the fit's deviate from it in log loss, [S, m]: noise; odd runs what they do deviate."""
+    noise = estimate_noise(fit)
+    out = simulate_noise(rng, noise, fit.runs.group, draws)
+    out[:, noise.odd] = fit.residuals[noise.odd]
+    return out
 
 
 def simulate_noise(rng: np.random.Generator, noise: Noise, group: np.ndarray, draws: int, least: int = LEAST) -> Array:

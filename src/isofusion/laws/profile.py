@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.bootstrap import refit
 from isofusion.laws.fit import FitWarning, LawFit
 from isofusion.laws.forms import NAMES, Params
 from isofusion.laws.frontier import Cost, closed_form
-from isofusion.laws.noise import estimate_noise, simulate_noise, tangent
+from isofusion.laws.noise import simulate_deviations, tangent
 from isofusion.laws.objective import Problem
+from isofusion.laws.refit import refit
 from isofusion.laws.solve.constrained import Constraint, minimise_on
 from isofusion.laws.table import Array
 
@@ -173,7 +173,7 @@ def profile(
 
 @dataclass(frozen=True)
 class Studies:
-    """Studies simulated at a fit with its noise (noise.py), and the law fitted to each."""
+    """Studies simulated at a fit with its noise (noise.py), odd runs as they are, and the law fitted to each."""
 
     log_loss: Array  # [S, m]
     objective: Array  # [S] of the law fitted to each
@@ -181,8 +181,7 @@ class Studies:
     @classmethod
     def of(cls, fit: LawFit, draws: int = 200, seed: int = 0) -> Studies:
         rng = np.random.Generator(np.random.Philox(key=seed))
-        noise = simulate_noise(rng, estimate_noise(fit), fit.runs.group, draws)
-        log_loss = np.log(fit.predict(fit.runs.n, fit.runs.d)) + noise
+        log_loss = np.log(fit.predict(fit.runs.n, fit.runs.d)) + simulate_deviations(rng, fit, draws)
         return cls(log_loss, refit(fit, log_loss=log_loss)[1])
 
 

@@ -1,7 +1,8 @@
 """What the residuals of a fit say against its intervals: a spread that is not the same everywhere, a run unlike others.
 
 Intervals (noise.py) take one spread for all runs, from their mean square: a spread that grows with N or D makes them
-too narrow for what rests on the noisy runs, and one odd run makes all of them too wide. Both are told as warnings.
+too narrow for what rests on the noisy runs, and an odd run, left in, all of them too wide: so noise.py sets it apart.
+Both are told as warnings.
 Units: residuals are log observed - log predicted (relative loss). Legend: m runs, S refits.
 """
 
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from isofusion.laws.table import Array, Runs
+from isofusion.laws.table import Array, Labels, Runs
 from isofusion.laws.warn import FitWarning, percent
 
 if TYPE_CHECKING:
@@ -24,17 +25,18 @@ SURE = 2.576  # standard errors of Fisher's z of a rank correlation: p < 0.01, t
 EXACT = 1e-6  # residuals below are rounding: a table made from a law
 FEWEST = 20  # runs (or trunks) below which a rank correlation of residuals says nothing
 UNEVEN = 1.5  # mean |residual| in one third of the range over that in the other, from which it is told
+LEVEL = 3  # E, A and alpha: parameters of the law that follow the level of trunks
 SIGMAS = 6.0  # robust standard deviations from which a residual is odd
 TRUNKS = 8  # trunks that resampling them takes (bootstrap.py)
 MOST = 3  # odd runs named in one warning
 LEFT_OUT = 40  # runs, those of the largest pull on the fit, that are left out one at a time
 
 
-def residual_warnings(runs: Runs, residuals: Array, free: int) -> list[FitWarning]:
-    """Of residuals [m] of a law with `free` fitted parameters."""
-    odd = odd_runs(residuals, free)
+def residual_warnings(runs: Runs, residuals: Array, free: int, *, apart: bool = True) -> list[FitWarning]:
+    """Of residuals [m] of a law with `free` fitted parameters. apart: the law can do without the odd runs."""
+    odd = odd_runs(residuals, free, runs.group)
     rest = np.setdiff1d(np.arange(len(residuals)), odd)  # one odd run would decide the comparison of spreads as well
-    found = [_odd_warning(runs, residuals, free, odd), uneven_spread(runs.select(rest), residuals[rest])]
+    found = [_odd_warning(runs, residuals, free, odd, apart), uneven_spread(runs.select(rest), residuals[rest])]
     return [warning for warning in found if warning is not None]
 
 
@@ -45,20 +47,40 @@ def robust_spread(residuals: Array, free: int) -> float:
     return 1.4826 * float(np.median(np.sort(np.abs(residuals))[free:]))
 
 
-def odd_runs(residuals: Array, free: int) -> npt.NDArray[np.int64]:
+def odd_runs(residuals: Array, free: int, group: Labels) -> npt.NDArray[np.int64]:
     """Rows more than SIGMAS (more where few runs tell the spread) robust deviations away from the law, the farthest
-    first.
+    first. Where trunks [m] have branches: those of a trunk that is so far from the law, beside the other trunks, and
+    those so far from the middle of their trunk.
     """
+    trunks, member = np.unique(group, return_inverse=True)
+    if len(trunks) == len(residuals):
+        far = _far(residuals, free)
+    else:
+        middle = _middles(residuals, member)
+        far = _far(middle, min(free, LEVEL))[member]
+        far |= _far(residuals - middle[member], len(trunks) + max(0, free - LEVEL))
+    odd = np.flatnonzero(far)
+    return odd[np.argsort(-np.abs(residuals[odd]), kind="stable")]
+
+
+def _far(residuals: Array, free: int) -> npt.NDArray[np.bool_]:
     left = len(residuals) - free
     if left < 4:
-        return np.zeros(0, dtype=np.int64)
-    size = np.abs(residuals)
+        return np.zeros(len(residuals), dtype=bool)
     limit = SIGMAS * math.sqrt(1.0 + 10.0 / left) * robust_spread(residuals, free)
-    odd = np.flatnonzero(size > max(limit, EXACT))
-    return odd[np.argsort(-size[odd], kind="stable")]
+    return np.abs(residuals) > max(limit, EXACT)
 
 
-def _odd_warning(runs: Runs, residuals: Array, free: int, odd: npt.NDArray[np.int64]) -> FitWarning | None:
+def _middles(residuals: Array, member: npt.NDArray[np.int64]) -> Array:
+    """The median residual of each trunk; of the two of an even number of rows that nearer the law."""
+    order = np.lexsort((residuals, member))
+    count = np.bincount(member)
+    first = np.cumsum(count) - count
+    two = residuals[order[np.stack([first + (count - 1) // 2, first + count // 2])]]
+    return np.where(np.abs(two[0]) <= np.abs(two[1]), two[0], two[1])
+
+
+def _odd_warning(runs: Runs, residuals: Array, free: int, odd: npt.NDArray[np.int64], apart: bool) -> FitWarning | None:
     if not len(odd):
         return None
     far = np.abs(residuals) / max(robust_spread(residuals, free), 1e-12)
@@ -70,11 +92,14 @@ def _odd_warning(runs: Runs, residuals: Array, free: int, odd: npt.NDArray[np.in
     more = f"; and {len(odd) - MOST} more" if len(odd) > MOST else ""
     rest = np.delete(residuals, odd)
     whole, without = (math.sqrt(float(np.sum(r**2)) / max(1, len(r) - free)) for r in (residuals, rest))
-    return FitWarning(
-        "odd-run",
-        f"{listed}{more}: intervals rest on a spread of {percent(whole)[0]} %, {percent(without)[0]} % without; "
-        "check such rows",
+    with_, usual = f"{percent(whole)[0]} %", f"{percent(without)[0]} %"
+    say = (
+        f"simulated studies (the default intervals) take the spread of the other runs, {usual} ({with_} with all), and "
+        "resample such rows"
+        if apart
+        else f"intervals rest on a spread of {with_}, {usual} without: too few other runs to set it apart"
     )
+    return FitWarning("odd-run", f"{listed}{more}: {say}; check such rows")
 
 
 def uneven_spread(runs: Runs, residuals: Array) -> FitWarning | None:
@@ -125,8 +150,8 @@ class Pull:
 
 def pulls(intervals: Intervals) -> list[Pull]:
     """Runs without which alpha or beta leaves its own interval, the strongest first."""
-    from isofusion.laws.bootstrap import refit
     from isofusion.laws.noise import tangent
+    from isofusion.laws.refit import refit
 
     fit = intervals.fit
     m = len(fit.runs)

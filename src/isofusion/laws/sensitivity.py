@@ -17,13 +17,13 @@ import numpy as np
 
 from isofusion.errors import InputError
 from isofusion.laws.alternatives import Alternative, fit_alternative
-from isofusion.laws.bootstrap import refit
 from isofusion.laws.cost import Cost
 from isofusion.laws.envelope import best_sizes, envelope
 from isofusion.laws.fit import LawFit, check_identified, fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import compute_optimal
 from isofusion.laws.isoflop import IsoFlops, isoflops
+from isofusion.laws.refit import refit
 from isofusion.laws.table import Array, Runs, clusters
 
 DELTAS = (1e-4, 1e-2, 1e-1, 10.0)  # beside the fit's own; 10 is above every residual: least squares
