@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isofusion.cli.fitshow import si
 from isofusion.cli.main import main
 from isofusion.laws.holdout import carry_over
 from isofusion.laws.rollout import rollout
@@ -49,6 +50,44 @@ def test_a_wild_run_costs_no_page(wild: float, at: int, tmp_path: Path, capsys: 
     text = page.read_text()
     assert "Infinity" not in text
     assert "00000000000" not in text.partition("<svg")[0]  # numbers of a hundred digits
+
+
+@pytest.fixture
+def one_sided(tmp_path: Path) -> Path:
+    """20 noisy runs whose FLOPs are not 6 N D: in some draws N* is below all sizes looked at."""
+    rng = np.random.default_rng(8)
+    lines = ["params,tokens,loss,flops"]
+    for n in np.geomspace(3e7, 1e9, 5):
+        for d in np.geomspace(1e9, 3e10, 4):
+            loss = (1.9 + 260 * n**-0.301 + 1850 * d**-0.335) * np.exp(0.06 * rng.standard_normal())
+            lines.append(f"{n:.6g},{d:.6g},{loss:.6g},{(6 * n + 2e8) * d:.6g}")
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_an_interval_with_one_end_is_told_everywhere(
+    one_sided: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was shown as if there were none."""
+    asked = (one_sided, "--compute", "1e21", "--bootstrap", "200")
+    best = json.loads(fit(capsys, *asked, "--json"))["optimal"][0]
+    assert best["n_interval"][0] is None
+    assert best["d_interval"][1] is None
+    assert best["tokens_per_parameter_interval"][1] is None
+    assert None not in best["loss_interval"]
+    size, tokens = si(best["n_interval"][1]), si(best["d_interval"][0])
+    page = tmp_path / "fit.html"
+    out = fit(capsys, *asked, "--report", page)
+    assert f"(at most {size})" in out
+    assert f"(at least {tokens})" in out
+    text = page.read_text()
+    assert f"[at most {size}]" in text
+    assert f"[at least {tokens}]" in text
+    assert "Where the band runs off the axes, that end is not known." in text
+    with pytest.raises(SystemExit):
+        main(["plan", "--runs", *map(str, asked)])
+    assert f"(at most {best['n_interval'][1]:.4g})" in capsys.readouterr().out
 
 
 def test_an_answer_is_whole_in_a_narrow_terminal(

@@ -16,6 +16,7 @@ from isofusion.laws.analysis import Analysis, Refused
 from isofusion.laws.fit import FREEDOM
 from isofusion.laws.formanalysis import FormAnalysis
 from isofusion.laws.holdout import Beside, HoldOut
+from isofusion.laws.interval import known
 from isofusion.laws.rollout import BASELINES
 from isofusion.laws.sensitivity import Sensitivity, times
 
@@ -292,8 +293,8 @@ def _number(value: float, how: Show) -> str:
     return how(value) if math.isfinite(value) else "-"
 
 
-def _span(span: Sequence[float] | None, how: Show) -> str:
-    return f"{how(span[0])} to {how(span[1])}" if span else ""
+def _span(span: Sequence[float | None] | None, how: Show) -> str:
+    return known(span, how) if span else ""
 
 
 def _count(number: int, word: str) -> str:

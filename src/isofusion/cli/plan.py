@@ -287,10 +287,9 @@ def _percent(share: float) -> str:
 
 
 def _span(span: list[float | None] | None, form: str) -> str:
-    if span is None:
-        return ""
-    low, high = (f"{v:{form}}" if v is not None else "no bound" for v in span)
-    return f"   ({low} to {high})"
+    from isofusion.laws.interval import known
+
+    return "" if span is None else f"   ({known(span, lambda v: f'{v:{form}}')})"
 
 
 def mixture_plan(file: Path, n: float, d: float, form: str, target: str | None, draws: int) -> dict[str, Any]:

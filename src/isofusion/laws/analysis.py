@@ -29,6 +29,7 @@ from isofusion.laws.derived import allocation, at_compute
 from isofusion.laws.fit import DELTA, LawFit, Starts, fit_law
 from isofusion.laws.frontier import Cost, Regression, compute_optimal, exponents, regress_allocation
 from isofusion.laws.holdout import HoldOut, hold_out, largest_size
+from isofusion.laws.interval import ends
 from isofusion.laws.isoflop import IsoFlops, isoflops
 from isofusion.laws.profile import Profile, Studies, profile
 from isofusion.laws.residuals import pull_warning
@@ -65,7 +66,8 @@ class Analysis:
     fit: LawFit
     intervals: Intervals | None
     cost: Cost
-    answers: tuple[dict[str, Any], ...]  # per compute: n, d, tokens_per_parameter, loss, each with NAME_interval
+    answers: tuple[dict[str, Any], ...]  # per compute: n, d, tokens_per_parameter, loss, each with NAME_interval:
+    # [low, high], an end that no draw bounds None; None where neither is known
     regression: Regression | None
     held: HoldOut | Refused
     rollouts: dict[str, Rollout | Refused]  # by "n" and "c"
@@ -104,8 +106,8 @@ class Analysis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
-        ends = {k: float(v) for k, v in exponents(self.fit.params).items()}
-        spans = {k: [float(v.low), float(v.high)] for k, v in _allocation(self.intervals).items()}
+        split = {k: float(v) for k, v in exponents(self.fit.params).items()}
+        spans = {k: ends(float(v.low), float(v.high)) for k, v in _allocation(self.intervals).items()}
         return {
             "digest": self.digest,
             "options": self.options,
@@ -113,7 +115,7 @@ class Analysis:
             "law": self.fit.to_dict(),
             "bootstrap": self.intervals.to_dict() if self.intervals else None,
             "allocation": {
-                "closed_form": ends,
+                "closed_form": split,
                 "closed_form_interval": spans or None,
                 "regression": self.regression.to_dict() if self.regression else None,
                 "cost": {"kind": self.cost.kind, "spread": self.cost.spread},
@@ -269,8 +271,7 @@ def _answer(fit: LawFit, intervals: Intervals | None, cost: Cost, c: float, *, s
     row: dict[str, Any] = {"compute": c, "n": n, "d": d, "tokens_per_parameter": d / n, "loss": float(best.loss[0])}
     if intervals:
         for name, found in at_compute(intervals, c, cost=cost).items():
-            low, high = float(found.low), float(found.high)
-            row[f"{name}_interval"] = [low, high] if np.isfinite([low, high]).all() else None
+            row[f"{name}_interval"] = ends(float(found.low), float(found.high))
     warning = fit.extrapolation(best.n, best.d, c)
     row["warnings"] = [{"code": warning.code, "message": f"at {c:.3g} FLOPs {warning.message}"}] if warning else []
     return row

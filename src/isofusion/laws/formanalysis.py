@@ -19,7 +19,7 @@ from isofusion.laws.cost import REACH, Cost
 from isofusion.laws.fit import DELTA
 from isofusion.laws.formfit import FormFit, check_columns, fit_form
 from isofusion.laws.forms import find
-from isofusion.laws.interval import interval
+from isofusion.laws.interval import ends, interval
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
 from isofusion.laws.solve.criterion import Kind
 from isofusion.laws.table import Array, Runs
@@ -41,7 +41,7 @@ class FormAnalysis:
     options: dict[str, Any]
     extra: dict[str, Array]
     fit: FormFit
-    intervals: dict[str, tuple[float, float]]  # percentile, by parameter; empty without draws
+    intervals: dict[str, list[float | None] | None]  # percentile (interval.py), by parameter; empty without draws
     resampled: str
     answers: tuple[dict[str, Any], ...]
     no_answer: str  # why there is none, or ""
@@ -58,7 +58,7 @@ class FormAnalysis:
             "options": self.options,
             "notes": list(self.notes),
             "law": self.fit.to_dict(),
-            "bootstrap": {"intervals": {k: list(v) for k, v in self.intervals.items()}, "note": self.resampled},
+            "bootstrap": {"intervals": self.intervals, "note": self.resampled},
             "optimal": [dict(row) for row in self.answers],
             "no_optimum": self.no_answer or None,
             "sensitivity": self.sensitivity.to_dict(),
@@ -115,7 +115,7 @@ def analyse_form(
     )
     counts, resampled = _resampled(runs, min(draws, DRAWS), seed)
     drawn = fit.refit(weights=counts)[0] if draws else {}
-    intervals = {k: _span(v) for k, v in drawn.items() if k not in fit.fixed}
+    intervals = {k: _ends(v) for k, v in drawn.items() if k not in fit.fixed}
     cost = Cost.of(runs)
     answers: list[dict[str, Any]] = []
     why = ""
@@ -174,8 +174,7 @@ def _answer(fit: FormFit, drawn: Mapping[str, Array], cost: Cost, c: float, runs
     if drawn:
         each = _optimum(fit, drawn, cost, c, runs)
         for name, values in each.items():
-            span = _span(values)
-            row[f"{name}_interval"] = list(span) if np.isfinite(span).all() else None
+            row[f"{name}_interval"] = _ends(values)
     warning = fit.extrapolation({"n": np.array([row["n"]]), "d": np.array([row["d"]])})
     told = [warning.message] if warning else []
     far, side = beyond(c, runs.c)
@@ -186,7 +185,10 @@ def _answer(fit: FormFit, drawn: Mapping[str, Array], cost: Cost, c: float, runs
 
 
 def _optimum(fit: FormFit, params: Mapping[str, Any], cost: Cost, c: float, runs: Runs) -> dict[str, Any]:
-    """The lowest of SIZES sizes along C = k(N) D, refined by a parabola: scalars, or [S] for drawn parameters."""
+    """The lowest of SIZES sizes along C = k(N) D, refined by a parabola: scalars, or [S] for drawn parameters.
+
+    Where the range ends first only the side is known: N* infinite, above or (-) below, D* and D/N the other way.
+    """
     x = np.linspace(np.log(runs.n.min() / REACH), np.log(runs.n.max() * REACH), SIZES)
     loss = np.atleast_2d(fit.law.predict(params, {"n": np.exp(x), "d": cost.tokens(c, np.exp(x))}))
     best = np.argmin(np.where(np.isfinite(loss), loss, np.inf), axis=1)
@@ -195,12 +197,15 @@ def _optimum(fit: FormFit, params: Mapping[str, Any], cost: Cost, c: float, runs
     bend = left - 2.0 * mid + right
     shift = np.where(bend > 0, 0.5 * (left - right) / np.where(bend > 0, bend, 1.0), 0.0)
     n = np.exp(x[inner] + np.clip(shift, -1.0, 1.0) * (x[1] - x[0]))
-    n = np.where(inner == best, n, np.nan)
     d = cost.tokens(c, n)
-    out = {"n": n, "d": d, "tokens_per_parameter": d / n, "loss": mid - 0.25 * (left - right) * shift}
+    side = np.where(np.isfinite(loss).any(axis=1), np.sign(best - inner), np.nan)
+    with np.errstate(invalid="ignore"):
+        away = side * np.inf
+    n, d, ratio = (np.where(side == 0, inside, out) for inside, out in ((n, away), (d, -away), (d / n, -away)))
+    out = {"n": n, "d": d, "tokens_per_parameter": ratio, "loss": mid - 0.25 * (left - right) * shift}
     return out if np.ndim(next(iter(params.values()))) else {k: v[0] for k, v in out.items()}
 
 
-def _span(values: Array) -> tuple[float, float]:
+def _ends(values: Array) -> list[float | None] | None:
     low, high = interval(values, LEVEL)
-    return float(low), float(high)
+    return ends(float(low), float(high))

@@ -4,11 +4,12 @@ Percentiles of the draws, interpolated linearly between neighbours. A draw that 
 may lie anywhere, so it counts as below every value for the low end and above every value for the high end. Of an
 infinite and a finite neighbour the outer one is the end, so that too many failed or infinite draws leave none: -inf or
 inf. With fewer than 40 draws the ends of a 95 % interval lie between the outermost two draws; `bootstrap` takes 20 at
-least. Legend: S draws.
+least. Where one end is infinite only the other is known: `ends` writes that down, `known` says it. Legend: S draws.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,20 @@ def interval(values: Any, level: float) -> tuple[Array, Array]:
     failed = np.isnan(draws)
     low = _quantile(np.where(failed, -np.inf, draws), tail, "lower")
     return low, _quantile(np.where(failed, np.inf, draws), 1.0 - tail, "higher")
+
+
+def ends(low: float, high: float) -> list[float | None] | None:
+    """An interval for JSON: null for an end that is not known; None where neither is."""
+    both = [float(v) if np.isfinite(v) else None for v in (low, high)]
+    return None if both == [None, None] else both
+
+
+def known(span: Sequence[float | None], how: Callable[[float], str], both: str = "{} to {}") -> str:
+    """What an interval by `ends` says, its ends shown by `how`; nothing is known of an end that is None."""
+    low, high = span
+    if low is not None and high is not None:
+        return both.format(how(low), how(high))
+    return f"at least {how(low)}" if low is not None else f"at most {how(high)}" if high is not None else "no bound"
 
 
 def _quantile(draws: Array, share: float, outer: Any) -> Array:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from isofusion.laws.analysis import Analysis
+from isofusion.laws.frontier import compute_optimal
 from isofusion.laws.holdout import HoldOut
 from isofusion.laws.isoflop import IsoFlops
 from isofusion.laws.profile import Profile
@@ -72,6 +73,8 @@ def optimal_caption(a: Analysis) -> str:
         f"and {10 ** (1 - share):.2g}× the tokens"
     )
     text += "." if a.cost.kind == "6nd" else " (closed form for 6ND; the line uses the FLOPs of the runs)."
+    if a.intervals and any(None in (row["n_interval"] or [None]) for row in a.answers):
+        text += " Where the band runs off the axes, that end is not known."
     return text + left_out(a.runs, drawable(a.runs))
 
 
@@ -183,10 +186,12 @@ def cloud_caption(a: Analysis) -> str:
     assert a.intervals is not None
     draws = a.intervals.draws
     corr = float(np.corrcoef(draws.alpha, draws.beta)[0, 1])
+    lost = int(compute_optimal(a.fit, a.compute, cost=a.cost, params=draws).edge.sum())
     return (
         f"{len(draws)} bootstrap draws ({a.intervals.note}), {min(CLOUD, len(draws))} of them drawn; orange: the fit. "
-        f"α and β correlate by {fixed(corr, 2, sign=True)}. Then best size and tokens at {power(a.compute)} FLOPs; a "
-        "draw with more parameters has fewer tokens, since both spend the same compute."
+        f"α and β correlate by {fixed(corr, 2, sign=True)}. Then best size and tokens at {power(a.compute)} FLOPs"
+        f"{f' where a draw has them ({lost} have not)' if lost else ''}; a draw with more parameters has fewer tokens, "
+        "since both spend the same compute."
     )
 
 

@@ -14,6 +14,7 @@ import altair as alt
 import numpy as np
 
 from isofusion.laws.analysis import Analysis
+from isofusion.laws.derived import at_compute
 from isofusion.laws.envelope import envelope
 from isofusion.laws.frontier import compute_optimal
 from isofusion.laws.isoflop import IsoFlop, IsoFlops
@@ -45,6 +46,7 @@ from isofusion.report.words import power, si
 
 CURVES = 8  # law curves drawn at most: one per size would hide the points
 BUDGETS = 9
+OFF = 1e6  # times the best: an end of a band that is not known lies off the axes
 
 
 def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:
@@ -99,13 +101,10 @@ def _frontier(a: Analysis) -> list[dict[str, float]]:
     ]
     if a.intervals is None:
         return rows
-    drawn = compute_optimal(a.fit, c[keep], cost=a.cost, params=a.intervals.draws)
-    with np.errstate(over="ignore"):  # of draws that say nothing: infinite
-        ratio = drawn.d / drawn.n
-    for name, values in (("", drawn.loss), ("n_", drawn.n), ("ratio_", ratio)):
-        low, high = a.intervals.quantiles(values)
-        if not np.isfinite([low, high]).all():
-            continue
+    found = at_compute(a.intervals, c[keep], cost=a.cost)
+    for name, key in (("", "loss"), ("n_", "n"), ("ratio_", "tokens_per_parameter")):
+        best_c, low, high = found[key].value, found[key].low, found[key].high
+        low, high = (np.where(np.isfinite(end), end, best_c * by) for end, by in ((low, 1 / OFF), (high, OFF)))
         for i, row in enumerate(rows):
             row[f"{name}lo"], row[f"{name}hi"] = float(low[i]), float(high[i])
     return rows

@@ -204,7 +204,7 @@ def cloud(a: Analysis, layout: Layout) -> Chart | None:
     panels = [_scatter(rows, a.fit.alpha, a.fit.beta, "α", "β", width, False)]
     best = compute_optimal(a.fit, a.compute, cost=a.cost)
     drawn = compute_optimal(a.fit, a.compute, cost=a.cost, params=draws)
-    rows = [{"x": float(drawn.n[i, 0]), "y": float(drawn.d[i, 0])} for i in pick if np.isfinite(drawn.n[i, 0])]
+    rows = [{"x": float(drawn.n[i, 0]), "y": float(drawn.d[i, 0])} for i in pick if not drawn.edge[i, 0]]
     if rows and not best.edge[0]:
         panels.append(_scatter(rows, float(best.n[0]), float(best.d[0]), "N*, parameters", "D*, tokens", width, True))
     return grid(panels, columns)

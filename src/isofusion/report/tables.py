@@ -47,7 +47,7 @@ def arm_cell(a: Analysis, arm: str) -> Html:
 
 
 def with_interval(value: str, pair: Any, how: Any) -> Html:
-    if not pair or pair[0] is None:
+    if not pair or (pair[0] is None and pair[1] is None):
         return Html(esc(value))
     return Html(f'{esc(value)} <span class="iv">{esc(interval(pair, how=how))}</span>')
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from isofusion.laws.interval import known
 from isofusion.report.style import superscript
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
@@ -53,11 +54,12 @@ def fixed(value: float | None, digits: int = 3, sign: bool = False) -> str:
 
 
 def interval(pair: Sequence[float | None] | None, digits: int = 3, how: Any = None) -> str:
-    """[low, high]; `how` formats each end (default: fixed digits)."""
-    if not pair or pair[0] is None or pair[1] is None:
+    """[low, high], or [at least low] or [at most high] where no more is known; `how` formats each end (default: fixed
+    digits).
+    """
+    if not pair or (pair[0] is None and pair[1] is None):
         return "[no interval]"
-    show = how or (lambda v: fixed(v, digits))
-    return f"[{show(pair[0])}, {show(pair[1])}]"
+    return f"[{known(pair, how or (lambda v: fixed(v, digits)), both='{}, {}')}]"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
