@@ -45,6 +45,24 @@ def test_from_nothing_prints_an_ordered_list(capsys: pytest.CaptureFixture[str])
         assert baseline in out
 
 
+def test_many_runs_to_leave_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line had named every one of them."""
+    rng = np.random.default_rng(0)
+    n, d = np.exp(rng.uniform(np.log([2e7, 4e8]), np.log([2e9, 4e10]), (600, 2))).T
+    loss = 1.7 + ((400 * n**-0.34) ** 1.5 + (900 * d**-0.31) ** 1.5) ** (1 / 1.5)
+    path = tmp_path / "many.csv"
+    lines = [f"{a:.6g},{b:.6g},{c:.6g}" for a, b, c in zip(n, d, loss, strict=True)]
+    path.write_text("\n".join(["params,tokens,loss", *lines]) + "\n")
+    asked = (path, *GRID, "--target-compute", "1e22", "--budget", "1e20", "--most", 1)
+    assert call(*asked, "--json") == 0
+    every = len(json.loads(capsys.readouterr().out)["leave_out"])
+    assert every > 100
+    assert call(*asked) == 0
+    (line,) = (text for text in capsys.readouterr().out.splitlines() if text.startswith("leave out of the fit"))
+    assert f"{every} of the 600 runs, among them N " in line
+    assert len(line) < 600
+
+
 def test_json_of_a_table_of_runs(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(table, *GRID, *GOAL, "--budget", "1e20", "--noise", 0.003, "--json") == 0
     result = json.loads(capsys.readouterr().out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from isofusion.laws.candidates import Candidates, Prices, Target, place
 from isofusion.laws.design import Points, Spread, believe, calibrate, members, scale_of, slopes, to_params
 from isofusion.laws.fit import fit_law
 from isofusion.laws.forms import Params
+from isofusion.laws.frontier import closed_form
 from isofusion.laws.suggest import STRATEGIES, Strategy, campaign, exchange, greedy, suggest
 from isofusion.laws.table import Runs
 
@@ -347,6 +349,30 @@ def test_runs_that_bend_the_fit_are_left_out(truth: Params) -> None:
         return float(np.abs(np.log(fit.predict(GOAL.n, GOAL.d) / law(GOAL.n, GOAL.d))).mean())
 
     assert wrong(kept) < 0.7 * wrong(np.arange(len(done)))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_thousands_of_runs_those_that_bend_the_fit_are_left_out_too(seed: int) -> None:
+    """Judged one by one no run of 2,000 counts for enough, and none was named; in cells of (N, D) they are."""
+    rng = np.random.default_rng(seed)
+    n, d = np.exp(rng.uniform(np.log([2e7, 4e8]), np.log([2e9, 4e10]), (2000, 2))).T
+
+    def law(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+        return 1.7 + ((400 * n**-0.34) ** 1.5 + (900 * d**-0.31) ** 1.5) ** (1 / 1.5)
+
+    done = Runs.of(n, d, law(n, d) * np.exp(0.003 * rng.standard_normal(2000)))
+    wide = np.geomspace(1e9, 1e11, 2001)
+    truth = law(wide, 1e22 / 6 / wide).min()
+    started = time.process_time()
+    plan = suggest(done, Candidates.of([4e9], [8e10]), Target.at_compute([1e22]), 1e25)
+    assert time.process_time() - started < 20
+    assert plan.without < 0.9 * plan.before
+    kept = np.setdiff1d(np.arange(2000), plan.leave_out)
+    wrong = [
+        abs(float(closed_form(fit_law(done.select(rows), grid=6).params, 1e22)[2]) / truth - 1.0)
+        for rows in (kept, np.arange(2000))
+    ]
+    assert wrong[0] < 0.4 * wrong[1]
 
 
 def test_repeats_are_seeds_of_their_own() -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from isofusion.laws.suggest import Suggestion
     from isofusion.laws.table import Runs
 
+LISTED = 12  # runs to leave out that are named one by one
+
 
 @reads_table
 def command(
@@ -253,7 +255,9 @@ def _lines(result: dict[str, Any]) -> list[str]:
     if len(picks) > 3:
         out.append("Run the first few, add their losses and ask again: later choices depend on what they show.")
     if result["leave_out"]:
-        where = ", ".join(f"N {r['n']:.4g} D {r['d']:.4g}" for r in result["leave_out"])
+        where = ", ".join(f"N {r['n']:.4g} D {r['d']:.4g}" for r in result["leave_out"][:LISTED])
+        if (count := len(result["leave_out"])) > LISTED:
+            where = f"{count} of the {result['done']} runs, among them {where} (--json lists all)"
         out.append(
             f"leave out of the fit: {where}: expected error now {_percent(result['before'])} -> "
             f"{_percent(result['without'])}, since the law is not quite true there and that bends it at the target"

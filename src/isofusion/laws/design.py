@@ -234,13 +234,13 @@ class Belief:
         slope = self.slope[:, :, rows]
         return np.log1p(self.weight * np.sum(slope * np.linalg.solve(self.info, slope), axis=1))
 
-    def learn(self, row: int) -> None:
-        """Go on as if a run at this row were done and fitted."""
-        self._enter(np.array([row]), 1.0)
+    def learn(self, rows: int | Index) -> None:
+        """Go on as if a run at this row (at each of these) were done and fitted."""
+        self._enter(np.atleast_1d(rows), 1.0)
 
-    def forget(self, row: int) -> None:
-        """Go on as if that run, learnt before, were not in the fit."""
-        self._enter(np.array([row]), -1.0)
+    def forget(self, rows: int | Index) -> None:
+        """Go on as if that run (those), learnt before, were not in the fit."""
+        self._enter(np.atleast_1d(rows), -1.0)
 
     def _enter(self, rows: Index, sign: float) -> None:
         """These rows enter (1) or leave (-1) the fit, all at once."""

@@ -14,7 +14,8 @@ from isofusion.laws.design import Belief, Points
 from isofusion.laws.table import clusters
 
 KEPT_RUNS, KEPT_LEVELS = 8, 4  # runs, and sizes and token budgets, that the fit keeps whatever leaves it
-LEAST_OUT = 1e-3  # relative fall of the squared error that leaving a run out must bring
+LEAST_OUT = 1e-3  # relative fall of the squared error that leaving a run, or a cell of runs, out must bring
+SINGLY, CELL = 500, 0.25  # runs that are judged one by one; decades of N and of D that a cell spans
 SWEEPS = 3  # of exchanges over a plan
 LEAST = 1e-4  # relative fall of the squared error that an exchange must bring
 FREE = 1e-9  # relative tolerance on the budget
@@ -64,23 +65,32 @@ def greedy(
 def leave_out(belief: Belief, done: Points) -> list[int]:
     """Done runs that the fit is better without: their misfit bends it more than their number steadies it.
 
-    One after the other while the expected squared error falls; enough stay for a fit. They are forgotten in `belief`
-    (whose last rows they are). Returns their indices in `done`, ascending.
+    One after the other while the expected squared error falls; of more than SINGLY runs one cell of (N, D) after the
+    other. A single one of thousands changes next to nothing; and free to pick among thousands, a choice finds a few
+    whose misfits cancel as the belief has them and not as they are. Enough stay for a fit. They are forgotten in
+    `belief` (whose last rows they are). Returns their indices in `done`, ascending.
     """
     first = belief.slope.shape[2] - len(done)
     sizes, budgets = clusters(done.n), clusters(done.d)
-    kept = np.arange(len(done))
-    while len(kept) > KEPT_RUNS:
-        loss = belief.losses(slice(first, None)).mean(axis=0)
-        i = int(kept[np.argmin(loss[kept])])
-        rest = kept[kept != i]
-        if loss[i] > -LEAST_OUT * float(belief.variances().mean()):
+    part = np.arange(len(done))
+    if len(done) > SINGLY:
+        place = np.round(np.log10([done.n, done.d]) / CELL)
+        part = np.unique(place, axis=1, return_inverse=True)[1].ravel()
+    kept = np.ones(len(done), dtype=bool)
+    while True:
+        loss = np.bincount(part, kept * belief.losses(slice(first, None)).mean(axis=0), minlength=1)
+        out = kept & (part == np.argmin(loss))
+        rest, before = kept & ~out, float(belief.variances().mean())
+        levels = min(len(np.unique(sizes[rest])), len(np.unique(budgets[rest])))
+        if loss.min() >= 0 or rest.sum() < KEPT_RUNS or levels < KEPT_LEVELS:
             break
-        if min(len(np.unique(sizes[rest])), len(np.unique(budgets[rest]))) < KEPT_LEVELS:
+        rows = first + np.flatnonzero(out)
+        belief.forget(rows)
+        if float(belief.variances().mean()) > (1.0 - LEAST_OUT) * before:
+            belief.learn(rows)
             break
-        belief.forget(first + i)
         kept = rest
-    return sorted(set(range(len(done))) - set(kept.tolist()))
+    return [int(i) for i in np.flatnonzero(~kept)]
 
 
 def exchange(
