@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from isofusion.laws.analysis import analyse
+from isofusion.laws.basis import of_fit
 from isofusion.laws.bootstrap import _draw, bootstrap
 from isofusion.laws.coverage import Design, cover, studies
-from isofusion.laws.fit import fit_law
-from isofusion.laws.noise import estimate_noise, tangent
+from isofusion.laws.fit import LawFit, fit_law
+from isofusion.laws.noise import estimate_noise, interval_warnings, shared_luck, tangent
 from isofusion.laws.profile import profile
 from isofusion.laws.table import Runs
 
@@ -86,6 +89,42 @@ def test_a_table_with_an_odd_run_covers_like_one_without() -> None:
     for name in ("alpha", "beta", "N*(C)", "loss at 10x C"):
         assert odd[name].cover >= 0.86, name
         assert odd[name].width < 1.3 * clean[name].width, name
+
+
+def without_groups(fit: LawFit) -> LawFit:
+    runs = fit.runs
+    return replace(fit, runs=Runs.of(runs.n, runs.d, runs.loss, seed=list(runs.seed)))
+
+
+def test_luck_shared_by_the_runs_of_a_size_is_told_where_no_trunk_is_named() -> None:
+    """Without its column of trunks such a table gave 95 % intervals of alpha that cover 61 %, and no word of it."""
+    for design in (Design(12), Design(6, 2)):
+        fits = [without_groups(fit) for fit in studies(design, 20, seed=4)]
+        told = [warning for fit in fits if (warning := shared_luck(fit))]
+        assert len(told) >= 19
+        assert told[0].code == "shared-luck"
+    luck, own = (float(v) for v in re.findall(r"by ([\d.]+) %", told[0].message))
+    assert 0.2 < luck < 1.0
+    assert 0.1 < own < 0.3
+    fit = fits[0]
+    drawn = bootstrap(fit, 60)
+    assert told[0] in interval_warnings(drawn)
+    assert told[0].message in [w["message"] for w in analyse(fit.runs, draws=60).warnings()]
+    assert told[0].message in [w["message"] for w in of_fit(fit, drawn).facts["fit_warnings"]]
+    assert shared_luck(next(studies(Design(6, 2), 1, seed=4))) is None  # trunks are named
+
+
+@pytest.mark.parametrize(
+    "design",
+    [
+        Design(12, trunk=0.0, branched=False),
+        Design(4, budgets=4, trunk=0.0, branched=False),
+        Design(8, budgets=6, trunk=0.0, branch=0.01, branched=False, odd=1.5),
+    ],
+)
+def test_luck_is_rarely_called_shared_where_it_is_not(design: Design) -> None:
+    """p < 0.01: of 200 even tables 6 or more have a probability of 0.016."""
+    assert sum(shared_luck(fit) is not None for fit in studies(design, 200, seed=6)) <= 5
 
 
 def test_ten_thousand_runs_take_little_memory(simulate: Callable[..., Runs]) -> None:

@@ -31,8 +31,8 @@ from isofusion.laws.frontier import Cost, Regression, compute_optimal, exponents
 from isofusion.laws.holdout import HoldOut, hold_out, largest_size
 from isofusion.laws.interval import ends
 from isofusion.laws.isoflop import IsoFlops, isoflops
+from isofusion.laws.noise import interval_warnings
 from isofusion.laws.profile import Profile, Studies, profile
-from isofusion.laws.residuals import pull_warning
 from isofusion.laws.rollout import Rollout, beaten, rollout
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
 from isofusion.laws.table import Runs
@@ -74,7 +74,7 @@ class Analysis:
     sensitivity: Sensitivity | Refused
     isoflops: IsoFlops | Refused
     profiles: dict[str, Profile | Refused] = field(default_factory=dict)
-    pulled: FitWarning | None = None  # runs without which alpha or beta leaves its interval
+    doubts: tuple[FitWarning, ...] = ()  # what the runs say against the intervals
 
     @property
     def compute(self) -> float:
@@ -96,7 +96,7 @@ class Analysis:
         """Whether a baseline beats the law; those of the fit, of each answer and of the isoFLOP budgets; each once."""
         worse = beaten({name: test for name, test in self.tests.items() if not isinstance(test, Refused)})
         found = [{"code": "holdout-worse", "message": worse}] if worse else []
-        own = (*self.fit.warnings, *([self.pulled] if self.pulled else []))
+        own = (*self.fit.warnings, *self.doubts)
         found += [{"code": w.code, "message": w.message} for w in own]
         found += [w for row in self.answers for w in row["warnings"]]
         for p in (*self.profiles.values(), self.isoflops):
@@ -199,7 +199,7 @@ def analyse(
         sensitivity=choices(),
         isoflops=budgets,
         profiles=found_profiles,
-        pulled=pull_warning(intervals) if intervals else None,
+        doubts=interval_warnings(intervals) if intervals else (),
     )
 
 

@@ -130,7 +130,7 @@ def of_fit(fit: LawFit, intervals: Intervals | None = None) -> Basis:
     Raises InputError where the fitted law lacks a term: it then has no optimum.
     """
     from isofusion.laws.frontier import Cost
-    from isofusion.laws.residuals import pull_warning
+    from isofusion.laws.noise import interval_warnings
 
     if not (fit.form.n_term and fit.form.d_term):
         raise InputError(f"{fit.form.formula}: a law without both terms has no optimal size")
@@ -140,8 +140,7 @@ def of_fit(fit: LawFit, intervals: Intervals | None = None) -> Basis:
     def rate(n: Array) -> Array:
         return np.asarray(cost.per_token(n), dtype=np.float64)
 
-    pulled = pull_warning(intervals) if intervals is not None else None
-    told = (*fit.warnings, *([pulled] if pulled else []))
+    told = (*fit.warnings, *(interval_warnings(intervals) if intervals is not None else ()))
     words = "C = 6 N D" if cost.kind == "6nd" else "C = k(N) D, k measured on the runs"
     facts = {
         "formula": f"L = {fit.form.formula}",

@@ -19,16 +19,24 @@ Legend: S draws, m runs, q trunks, p fitted parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import fdtrc  # the tail of an F distribution
 
 from isofusion.laws.fit import LEAST, LawFit, spared
 from isofusion.laws.objective import Problem, jacobian
 from isofusion.laws.refit import without
+from isofusion.laws.residuals import EXACT, pull_warning
 from isofusion.laws.table import Array, Runs, clusters
+from isofusion.laws.warn import FitWarning, percent
+
+if TYPE_CHECKING:
+    from isofusion.laws.bootstrap import Intervals
+
+SHARED = 0.01  # tail of the F test from which runs of one size are said to share their luck
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,37 @@ def estimate_noise(fit: LawFit) -> Noise:
         source,
         odd,
     )
+
+
+def shared_luck(fit: LawFit) -> FitWarning | None:
+    """A warning where runs of one size (and seed) clearly deviate together and the table names no trunks.
+
+    F test of a level for each of them beside the law's tangent space: of even runs p < SHARED in so many of 1.
+    """
+    runs = fit.runs
+    if len(np.unique(runs.group)) < len(runs):
+        return None
+    label = np.char.add(np.char.add(clusters(runs.n).astype(np.str_), " seed "), runs.seed)
+    noise = estimate_noise(replace(fit, runs=replace(runs, group=label)))
+    inside = noise.branch_freedom
+    between = len(runs) - len(noise.odd) - len(fit.names) - inside
+    if noise.trunk == 0.0 or min(between, inside) < 2 or noise.total < EXACT:
+        return None
+    excess = noise.trunk**2 * noise.per_trunk * noise.freedom / max(noise.branch, EXACT) ** 2
+    if not fdtrc(between, inside, 1.0 + excess / between) < SHARED:
+        return None
+    luck, own = percent(noise.trunk, noise.branch)
+    return FitWarning(
+        "shared-luck",
+        f"runs of one size deviate from the law together (by {luck} %, each on its own by {own} %): branches or "
+        "checkpoints of one training run, an N that is miscounted, or a law that bends with N. Intervals take them for "
+        "independent, and that of alpha may be far too narrow: --group names the column of the training run (or of N)",
+    )
+
+
+def interval_warnings(intervals: Intervals) -> tuple[FitWarning, ...]:
+    """What the runs say against the intervals: runs that decide an exponent alone, and luck that they share."""
+    return tuple(w for w in (pull_warning(intervals), shared_luck(intervals.fit)) if w is not None)
 
 
 def simulate_deviations(rng: np.random.Generator, fit: LawFit, draws: int) -> Array:

@@ -24,6 +24,7 @@ WarningCode = Literal[
     "too-few-runs",
     "odd-run",
     "uneven-spread",
+    "shared-luck",
 ]
 
 
