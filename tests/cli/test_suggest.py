@@ -45,6 +45,19 @@ def test_from_nothing_prints_an_ordered_list(capsys: pytest.CaptureFixture[str])
         assert baseline in out
 
 
+def test_a_wild_run_is_named(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(2e7, 4e8, 6), np.geomspace(4e8, 8e9, 5)))
+    loss = (1.8 + 480 / n**0.35 + 2100 / d**0.37) * np.exp(0.003 * rng.standard_normal(30))
+    loss[11] *= 1.5
+    lines = [f"{a:.6g},{b:.6g},{c:.6g}" for a, b, c in zip(n, d, loss, strict=True)]
+    table.write_text("\n".join(["params,tokens,loss", *lines]) + "\n")
+    assert call(table, *GRID, *GOAL, "--budget", "1e20") == 0
+    out = capsys.readouterr().out
+    assert "30 runs done" in out
+    assert f"note: the run N = {n[11]:.4g}, D = {d[11]:.4g}, loss {loss[11]:.4g} is many times the usual spread" in out
+
+
 def test_many_runs_to_leave_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The line had named every one of them."""
     rng = np.random.default_rng(0)

@@ -375,6 +375,23 @@ def test_of_thousands_of_runs_those_that_bend_the_fit_are_left_out_too(seed: int
     assert wrong[0] < 0.4 * wrong[1]
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.5, 3.0])
+def test_one_wild_run_changes_no_plan(truth: Params, factor: float) -> None:
+    """One of 48 three times too high had set the noise: expected error 10 % instead of 0.35 %, 28 runs to leave out."""
+    n, d = np.repeat(np.geomspace(2e7, 2e9, 8), 6), np.tile(np.geomspace(4e8, 4e10, 6), 8)
+    loss = truth.predict(n, d) * np.exp(0.003 * np.random.default_rng(1).standard_normal(48))
+    wild = loss * np.where(np.arange(48) == 20, factor, 1.0)
+    runs = Candidates.grid(np.geomspace(2e8, 4e9, 4), np.geomspace(4e9, 1e11, 4))
+    clean, odd = (suggest(Runs.of(n, d, values), runs, Target.at_compute([1e22]), 1e21) for values in (loss, wild))
+    assert [run.index for run in odd.picks] == [run.index for run in clean.picks]
+    assert odd.before == pytest.approx(clean.before, rel=0.1)
+    assert odd.leave_out == ()
+    assert odd.done == 48
+    assert clean.notes == ()
+    (note,) = odd.notes
+    assert f"the run N = {n[20]:.4g}, D = {d[20]:.4g}, loss {wild[20]:.4g} is many times the usual spread away" in note
+
+
 def test_repeats_are_seeds_of_their_own() -> None:
     runs = Candidates.grid([1e8, 1e9], [1e9, 8e9], seeds=2, shared=True)
     assert len(runs) == 8

@@ -99,7 +99,7 @@ def command(
         notes.append("a study trains its own trunks: it costs more than shown where a size has a trunk already")
     written = _write(emit, template, table.arm, chosen) if emit is not None and template is not None else []
     result = chosen.to_dict() | {"target": want if target_compute else "loss"}
-    result["notes"] = notes
+    result["notes"] = [*notes, *chosen.notes]
     result["leave_out"] = (
         [] if runs is None else [{"n": float(runs.n[i]), "d": float(runs.d[i])} for i in chosen.leave_out]
     )

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from isofusion.errors import InputError
 from isofusion.laws.candidates import Candidates, Prices, Target, place
 from isofusion.laws.design import MEMBERS, Belief, Points, Spread, believe, calibrate, members, scale_of
+from isofusion.laws.fit import LawFit, fit_law, spared
 from isofusion.laws.forms import Scale
 from isofusion.laws.greedy import FREE, exchange, greedy, leave_out
 from isofusion.laws.table import Array, Runs
@@ -176,33 +178,31 @@ def _total(prices: Prices, picks: list[int]) -> float:
     return float(sum(prices.take(i) for i in picks))
 
 
-def guess(runs: Runs | None, candidates: Candidates, noise: float | None) -> Spread:
-    """Where `calibrate` starts: the user's noise of one run, repeated seeds, or plain guesses."""
+def guess(runs: Runs | None, candidates: Candidates, noise: float | None, fit: LawFit | None = None) -> Spread:
+    """Where `calibrate` starts: the user's noise of one run, repeated seeds (seen by a fit), or plain guesses."""
     grouped = candidates.shared or (runs is not None and len(np.unique(runs.group)) < len(runs))
     out = GROUPED if grouped else ALONE
     if noise is not None:
         if not (np.isfinite(noise) and 0 < noise < 1):
             raise InputError(f"noise = {noise}: give the relative spread of equal runs' losses, e.g. 0.003")
         return Spread(out.trunk * noise / out.run, out.branch * noise / out.run, out.misfit)
-    if runs is not None and len(runs) >= 6:
-        from isofusion.laws.fit import fit_law
+    if fit is not None:
         from isofusion.laws.noise import estimate_noise
 
-        try:
-            seen = estimate_noise(fit_law(runs))
-        except InputError:
-            return out
+        seen = estimate_noise(fit)
         if seen.seed_freedom >= 2 and seen.seed:  # residuals alone cannot tell noise from misfit
             return Spread(out.trunk * seen.seed / out.run, out.branch * seen.seed / out.run, out.misfit)
     return out
 
 
-def situation(runs: Runs | None, candidates: Candidates, target: Target, *, noise: float | None = None) -> Situation:
-    """Everything the strategies look at; the noise and misfit are calibrated on the done runs."""
+def situation(
+    runs: Runs | None, candidates: Candidates, target: Target, *, noise: float | None = None, fit: LawFit | None = None
+) -> Situation:
+    """Everything the strategies look at; the noise and misfit are calibrated on the done runs. fit: of them, if any."""
     done, pool = place(runs, candidates)
     log_loss = np.zeros(0) if runs is None else np.log(runs.loss)
     scale = scale_of(done, pool)
-    spread = calibrate(done, log_loss, scale, guess(runs, candidates, noise), noise_known=noise is not None)
+    spread = calibrate(done, log_loss, scale, guess(runs, candidates, noise, fit), noise_known=noise is not None)
     return Situation(done, log_loss, pool, target, scale, spread)
 
 
@@ -223,7 +223,8 @@ def suggest(
 
     most: at most so many runs. wanted: stop when the expected relative error of the target is this low. least: stop
     when 1 % of the budget would buy a smaller relative reduction of that error. noise: relative spread of equal runs,
-    if known. The order of the done runs changes nothing. Raises InputError for a budget below the cheapest candidate,
+    if known. The order of the done runs changes nothing; odd ones (residuals.py) count as not done, and `notes` says
+    so. Raises InputError for a budget below the cheapest candidate,
     and settings out of range.
     """
     if strategy not in STRATEGIES:
@@ -235,10 +236,18 @@ def suggest(
     for name, value in (("wanted", wanted), ("least", least)):
         if not (np.isfinite(value) and 0 <= value < 1):
             raise InputError(f"{name} = {value}: give a relative error between 0 and 1, e.g. 0.005 for 0.5 %")
-    rows = np.zeros(0, dtype=np.int64)
+    rows, done, fit = np.zeros(0, dtype=np.int64), 0, None
+    notes: tuple[str, ...] = ()
     if runs is not None:
         runs, rows = runs.canonical()
-    state = situation(runs, candidates, target, noise=noise)
+        done, fit = len(runs), _fit(runs)
+        # a robust fit all but ignores odd runs; the design, which squares deviations, would not
+        odd = rows[:0] if fit is None else spared(fit)
+        if len(odd):
+            others = np.setdiff1d(np.arange(done), odd)
+            notes = (_odd_note(runs, odd),)
+            runs, rows = runs.select(others), rows[others]
+    state = situation(runs, candidates, target, noise=noise, fit=fit)
     prices = Prices.of(candidates.cost, state.pool, state.done, candidates.shared)
     cheapest = int(np.argmin(prices.now()))
     if prices.now()[cheapest] > budget * (1 + FREE):
@@ -274,11 +283,30 @@ def suggest(
         spent,
         why,
         state.spread,
-        len(state.done),
+        done,
         len(candidates),
         out,
         fitted.spread(),
+        notes,
     )
+
+
+def _fit(runs: Runs) -> LawFit | None:
+    try:
+        return fit_law(runs)
+    except InputError:  # too few for a law
+        return None
+
+
+def _odd_note(runs: Runs, odd: npt.NDArray[np.int64]) -> str:
+    """Which runs are taken for not done, the farthest from the law by its numbers."""
+    i = odd[0]
+    first = f"N = {runs.n[i]:.4g}, D = {runs.d[i]:.4g}, loss {runs.loss[i]:.4g}"
+    many = (
+        f"{len(odd)} runs are many times the usual spread away from the law and count as not done, among them {first}"
+    )
+    one = f"the run {first} is many times the usual spread away from the law and counts as not done"
+    return f"{many if len(odd) > 1 else one}; check such rows (`isofusion fit` names them)"
 
 
 def _why(state: Situation, candidates: Candidates, earlier: list[int], i: int) -> str:
