@@ -177,7 +177,7 @@ class Cluster:
             path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{HERE}" {name} "$@"\n')
             path.chmod(0o755)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.peak: dict[str, int] = {}  # most tasks of an array at once
+        self.peak = 0  # most jobs at once
 
     def states(self) -> dict[str, str]:
         with state(self.folder) as tree:
@@ -257,7 +257,7 @@ class Cluster:
         if len(self.running) >= self.slots or busy >= job["limit"]:
             task["reason"] = "Resources"
             return False
-        self.peak[base] = max(self.peak.get(base, 0), busy + 1)
+        self.peak = max(self.peak, len(self.running) + 1)
         self._start(name, base, index, task, job["options"])
         return True
 

@@ -80,9 +80,8 @@ def call(*arguments: object) -> int:
 
 def test_a_study_runs_to_done_in_order_of_its_dependencies(spec: StudySpec, tmp_path: Path, cluster: Any) -> None:
     out = tmp_path / "out"
-    request = Request("cpu", array_limit=1)
-    printed = [text for _, _, text in slurm.scripts(spec, out, request, 1, report=False)]
-    submission = submit(spec, out, request)
+    printed = [text for _, _, text in slurm.scripts(spec, out, ASK, 1, report=False)]
+    submission = submit(spec, out)
     sent = [(tmp_path / "slurm" / f"script-{base}.sh").read_text() for base in (101, 111, 121)]
     assert sent == [text.replace(slurm.TRUNKS, "101") for text in printed]  # a dry run prints what would be sent
     assert [(array.title, len(array.runs)) for array in submission.arrays] == [
@@ -105,12 +104,77 @@ def test_a_study_runs_to_done_in_order_of_its_dependencies(spec: StudySpec, tmp_
     cluster.run(until=in_order)
     cluster.run()
     assert set(shown(out, spec).values()) == {"done"}
-    assert cluster.peak == {"101": 1, "111": 1, "121": 1}  # --array-limit
     assert len(ledger.results(out)) == 4
     for config in spec.runs():
         assert steps(out, config.name) == list(range(config.start_step + 1, config.end_step + 1))
     assert "done" in log(out, spec, LONG)
     assert submit(spec, out, resume=True).done == 6
+
+
+def test_a_limit_holds_over_all_arrays(spec: StudySpec, tmp_path: Path, cluster: Any, monkeypatch) -> None:
+    """Two runs at a time of six, on a cluster that has room for all; one loses its node on the way."""
+    out, request = tmp_path / "out", Request("cpu", array_limit=2)
+    monkeypatch.setenv("FAKE_STEP", "0.05")
+    cluster.slots = 6
+    printed = [text for _, _, text in slurm.scripts(spec, out, request, 1, report=False)]
+    submission = submit(spec, out, request)
+    sent = [(tmp_path / "slurm" / f"script-{base}.sh").read_text() for base in (101, 111)]
+    assert sent == [text.replace("JOB1", "101") for text in printed]
+    assert [(array.title, len(array.runs), array.after) for array in submission.arrays] == [
+        ("trunks", 2, None),
+        ("branches", 4, "afterany:101"),
+    ]
+    trunk = status(out, spec)[TRUNK]["job_id"]
+    cluster.run(until=lambda: (out / "runs" / TRUNK / "metrics.jsonl").exists() and len(steps(out, TRUNK)) > 3)
+    cluster.preempt(trunk, grace=True)
+    cluster.run()
+    assert set(shown(out, spec).values()) == {"done"}
+    assert cluster.peak == 2
+    assert status(out, spec)[TRUNK]["starts"] == 2
+
+
+def test_a_limit_counts_what_is_queued_already(spec: StudySpec, tmp_path: Path, cluster: Any, monkeypatch) -> None:
+    out, request = tmp_path / "out", Request("cpu", array_limit=1)
+    monkeypatch.setenv("FAKE_FAIL", TRUNK)
+    submit(spec, out, request)
+    branch = status(out, spec)[LONG]["job_id"]
+    cluster.run(until=lambda: cluster.states()[branch] == "RUNNING")
+    cluster.slots = 0
+    cluster.run(until=lambda: cluster.states()[branch] == "FAILED")
+    now = shown(out, spec)
+    assert [now[run] for run in (TRUNK, LONG, SHORT)] == ["failed", "blocked", "pending"]
+    assert f"trunk {TRUNK} did not reach step 16" in log(out, spec, LONG)
+    monkeypatch.delenv("FAKE_FAIL")
+    again = submit(spec, out, request, resume=True)
+    assert list(again.queued) == [OTHER[1]]
+    assert [([run.name for run in array.runs], array.after) for array in again.arrays] == [
+        ([TRUNK], "afterany:111"),
+        ([LONG, SHORT], "afterany:121:111"),  # it could not have started: taken back, to wait for the new trunk
+    ]
+    cluster.slots = 6
+    cluster.run()
+    assert set(shown(out, spec).values()) == {"done"}
+    assert cluster.peak == 1
+
+
+def test_what_is_left_runs_beside_the_queue_where_the_limit_has_room(
+    spec: StudySpec, tmp_path: Path, cluster: Any, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setenv("FAKE_FAIL", TRUNK)
+    submit(spec, out)
+    cluster.run(until=lambda: cluster.states()["101_1"] == "FAILED" and (out / "runs" / OTHER[0] / "DONE").exists())
+    monkeypatch.delenv("FAKE_FAIL")
+    queued = slurm.in_queue(spec, out)[0]
+    assert queued
+    limit = len(queued) + 1
+    again = submit(spec, out, Request("cpu", array_limit=limit), resume=True)
+    assert [run.name for run in again.arrays[0].runs] == [TRUNK]
+    assert again.arrays[0].after is None
+    cluster.slots = 6
+    cluster.run()
+    assert set(shown(out, spec).values()) == {"done"}
+    assert cluster.peak <= limit
 
 
 @pytest.mark.parametrize("how", ["with grace", "without grace", "time limit", "cancelled"])

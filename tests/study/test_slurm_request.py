@@ -52,7 +52,7 @@ def test_dry_run_prints_the_scripts_without_slurm(tmp_path: Path, toml: Path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     before = set(tmp_path.rglob("*"))
-    options = ["--time", "1-0", "--gpus", 4, "--nodes", 2, "--cpus-per-task", 8, "--mem", "64G", "--array-limit", 2]
+    options = ["--time", "1-0", "--gpus", 4, "--nodes", 2, "--cpus-per-task", 8, "--mem", "64G"]
     options += ["--account", "ours", "--setup", "module load cuda", "--sbatch", "exclude=n7", "--sbatch", "exclusive"]
     assert call("study", "run", toml, "--on", "slurm", "--partition", "gpu", "--dry-run", *options) == 0
     assert set(tmp_path.rglob("*")) == before
@@ -69,7 +69,7 @@ def test_dry_run_prints_the_scripts_without_slurm(tmp_path: Path, toml: Path, mo
             assert f"\n#SBATCH --{line}\n" in text
         assert text.index("module load cuda") < text.index("srun")
     asked = ("time=1440", "nodes=2", "gpus-per-node=4", "ntasks-per-node=4", "cpus-per-task=8", "mem=64G")
-    for line in (*asked, "array=0-2%2", "signal=USR2@120"):
+    for line in (*asked, "array=0-2%3", "signal=USR2@120"):
         assert f"\n#SBATCH --{line}\n" in scripts[0]
     assert "--dependency" not in scripts[0]
     for number in (1, 2, 3):
@@ -80,6 +80,16 @@ def test_dry_run_prints_the_scripts_without_slurm(tmp_path: Path, toml: Path, mo
         assert "export OMP_NUM_THREADS=8\n" in scripts[number]
     assert "\n#SBATCH --dependency=afterany:JOB1:JOB2:JOB3:JOB4\n" in scripts[4]
     assert "gpus" not in scripts[4]
+
+    on = ("--on", "slurm", "--partition", "gpu", "--dry-run", "--array-limit", 2)
+    assert call("study", "run", toml, *on) == 0
+    scripts = capsys.readouterr().out.split("# ----")[1:]
+    assert [script.partition(":")[0].strip() for script in scripts] == ["1 of 3", "2 of 3", "3 of 3"]
+    assert "\n#SBATCH --array=0-2%2\n" in scripts[0]
+    assert "--dependency" not in scripts[0]
+    assert "\n#SBATCH --array=0-5%2\n" in scripts[1]
+    assert "\n#SBATCH --dependency=afterany:JOB1\n" in scripts[1]
+    assert "\n#SBATCH --dependency=afterany:JOB1:JOB2\n" in scripts[2]
 
 
 def test_what_is_missing_is_one_message_and_exit_code_2(

@@ -33,7 +33,7 @@ Gpus = Annotated[int | None, _option("GPUs of each node; one process per GPU.", 
 CpusPerTask = Annotated[int | None, _option("CPUs of each process.", "N", "threads")]
 Mem = Annotated[str | None, _option("Memory of each node, e.g. 16G.", "SIZE", "the partition's")]
 Nodes = Annotated[int | None, _option("Nodes of each run.", "N", "1")]
-ArrayLimit = Annotated[int | None, _option("Jobs of one array at a time.", "N", "all")]
+ArrayLimit = Annotated[int | None, _option("Runs of the study at a time.", "N", "all")]
 Account = Annotated[str | None, _option("Account to charge.", "NAME")]
 Qos = Annotated[str | None, _option("Quality of service.", "NAME")]
 Constraint = Annotated[str | None, _option("Features that nodes must have.", "LIST")]
@@ -97,7 +97,7 @@ def run(
     spec, out = study.spec, study.out.absolute()
     locked = (out / LOCK).exists()
     if jobs is not None:
-        raise InputError("--jobs is for this machine; on SLURM the number of jobs at a time is --array-limit")
+        raise InputError("--jobs is for this machine; on SLURM the number of runs at a time is --array-limit")
     if not asked.get("partition"):
         raise InputError("--on slurm needs --partition NAME; `sinfo -s` lists the partitions of the cluster")
     threads = threads or (read_lock(out)["threads"] if locked else asked["cpus_per_task"] or 1)
@@ -113,7 +113,7 @@ def run(
     if not (out / "runs").exists() and (problems := fits(spec, out, 1, memory)):
         raise InputError(f"{spec.name} does not fit: " + "; ".join(problems))
     if dry_run:
-        _print_scripts(slurm.scripts(spec, out, request, threads, queued=_queued(out), report=report))
+        _print_scripts(slurm.scripts(spec, out, request, threads, queued=_queued(spec, out), report=report))
         return False
     if not locked:
         for note in prepare(spec):
@@ -136,12 +136,12 @@ def run(
     return _print_submission(study, done)
 
 
-def _queued(out: Path) -> dict[str, str]:
+def _queued(spec: Any, out: Path) -> dict[str, str]:
     """What a dry run leaves out: queued runs, as far as SLURM can be asked."""
     from isofusion.study import slurm
 
     try:
-        return slurm.in_queue(out)[0]
+        return slurm.in_queue(spec, out)[0]
     except InputError as error:
         print(f"note: {error}; the scripts below leave out only what is done", file=sys.stderr)
         return {}

@@ -5,6 +5,10 @@ The trunks are one array; the branches of each trunk are another that starts whe
 not start earlier, and the shorter ones run beside it. Branches whose fork is there already depend on nothing. A job
 for the report comes after all of them, whether they went well or not.
 
+SLURM limits the tasks of one array, not those of several. Under `array_limit` there are two arrays, one behind the
+other (`afterany`): the trunks, then all branches. So the sum holds whatever is preempted and requeued, and a free place
+goes to the next run, whichever that is. What waits in the queue from before counts as well.
+
 Nothing here trains: the jobs do (`slurmjob`), and what became of them is read in `jobs`.
 """
 
@@ -167,11 +171,16 @@ class Array:
     runs: list[RunConfig]
     after: str | None = None  # "afterok:123_4", or, in a dry run, "afterok:TRUNKS_4"
     trunk: str | None = None  # the trunk of this same submission that `after` will name
+    behind: bool = False  # `after` will name the array before this one as well
+    limit: int | None = None  # tasks at a time
     ids: list[str] = field(default_factory=list)
 
 
-def arrays(spec: StudySpec, root: Path, queued: dict[str, str]) -> list[Array]:
-    """The arrays of a submission: every run that is neither DONE nor in `queued` (run -> job id)."""
+def arrays(spec: StudySpec, root: Path, queued: dict[str, str], limit: int | None = None) -> list[Array]:
+    """The arrays of a submission: every run that is neither DONE nor in `queued` (run -> job id).
+
+    At most `limit` of these and of `queued` run at a time.
+    """
     configs, lost = spec.runs(), lost_forks(spec, root, queued)
     todo = [run for run in configs if run.name in lost or not (is_done(root / run.name) or run.name in queued)]
     branches = [run for run in todo if run.parent is not None]
@@ -180,8 +189,10 @@ def arrays(spec: StudySpec, root: Path, queued: dict[str, str]) -> list[Array]:
         return cost_hint(trunk) + max((cost_hint(run) for run in configs if run.parent == trunk.name), default=0.0)
 
     trunks = sorted((run for run in todo if run.parent is None), key=chain, reverse=True)
-    found = [Array("trunks", trunks)] if trunks else []
     free = [run for run in branches if fork_ready(root, run)]
+    if limit is not None and limit < len(todo) + len(queued):
+        return _within(limit, trunks, free, [run for run in branches if run not in free], queued)
+    found = [Array("trunks", trunks)] if trunks else []
     if free:
         found.append(Array("branches whose fork is there", sorted(free, key=cost_hint, reverse=True)))
     for parent in [run.name for run in trunks] + list(queued):
@@ -190,6 +201,22 @@ def arrays(spec: StudySpec, root: Path, queued: dict[str, str]) -> list[Array]:
             own.sort(key=cost_hint, reverse=True)
             after = f"afterok:{queued[parent]}" if parent in queued else None
             found.append(Array(f"branches of {parent}", own, after, None if after else parent))
+    return found
+
+
+def _within(
+    limit: int, trunks: list[RunConfig], free: list[RunConfig], rest: list[RunConfig], queued: dict[str, str]
+) -> list[Array]:
+    """What can start, beside `queued` where that leaves room, else behind it; then the branches that cannot yet."""
+    room, busy = limit - len(queued), _after_any(list(queued.values())) if queued else None
+    found = []
+    if trunks or free:
+        title = " and ".join(["trunks"] * bool(trunks) + ["branches whose fork is there"] * bool(free))
+        runs = trunks + sorted(free, key=cost_hint, reverse=True)
+        found.append(Array(title, runs, None if room > 0 else busy, limit=room if room > 0 else limit))
+    if rest:
+        rest = sorted(rest, key=cost_hint, reverse=True)
+        found.append(Array("branches", rest, busy, behind=bool(found), limit=limit))
     return found
 
 
@@ -226,14 +253,16 @@ def scripts(
 
     The place of a job id that only SLURM can give is held by TRUNKS.
     """
-    plan = arrays(spec, out / "runs", queued or {})
+    plan = arrays(spec, out / "runs", queued or {}, request.array_limit)
     order = [run.name for run in plan[0].runs] if plan and plan[0].title == "trunks" else []
     found = []
     for array in plan:
         after = array.after
         if array.trunk is not None:
             after = f"afterok:{TRUNKS}" + (f"_{order.index(array.trunk)}" if len(order) > 1 else "")
-        parameters = request.for_runs(out, threads) | _of_array(spec, request, array, after)
+        elif array.behind:
+            after = _after_any(["JOB1", *(queued or {}).values()])
+        parameters = request.for_runs(out, threads) | _of_array(spec, array, after)
         found.append((array.title, [run.name for run in array.runs], _script(out, parameters, len(array.runs))))
     if report and found:
         names = [f"JOB{number}" for number in range(1, len(found) + 1)]
@@ -242,9 +271,9 @@ def scripts(
     return found
 
 
-def _of_array(spec: StudySpec, request: Request, array: Array, after: str | None) -> dict[str, Any]:
-    kind = "trunks" if array.title == "trunks" else "branches"
-    limit = request.array_limit or len(array.runs)
+def _of_array(spec: StudySpec, array: Array, after: str | None) -> dict[str, Any]:
+    kind = "branches" if array.title.startswith("branches") else "trunks"
+    limit = array.limit or len(array.runs)
     return {"job_name": f"{spec.name}-{kind}", "dependency": after, "array_parallelism": limit}
 
 
@@ -273,14 +302,24 @@ class Submission:
     reopened: list[str] = field(default_factory=list)
 
 
-def in_queue(out: Path) -> tuple[dict[str, str], list[str]]:
-    """(run -> job id of the study's runs that SLURM still has, ids that wait for a job that failed)."""
+def in_queue(spec: StudySpec, out: Path) -> tuple[dict[str, str], list[str]]:
+    """(run -> job id of the study's runs that SLURM still has, ids of those whose trunk failed before their fork)."""
     known = jobs.submitted(out)
     if not known:
         return {}, []
     seen = jobs.queue()
     here = {run: line["job_id"] for run, line in known.items() if line["job_id"] in seen}
-    never = [job for job in here.values() if seen[job].reason == jobs.NEVER]
+    root = out / "runs"
+    lost = [
+        run.name
+        for run in spec.runs()
+        if run.parent not in here and not (fork_ready(root, run) or is_done(root / str(run.parent)))
+    ]
+    never = [
+        job
+        for run, job in here.items()
+        if seen[job].reason == jobs.NEVER or (run in lost and seen[job].state in jobs.WAITING)
+    ]
     return {run: job for run, job in here.items() if job not in never}, never
 
 
@@ -320,7 +359,7 @@ def submit(
                 f"{out}: this study was begun ({done} of {len(configs)} runs finished); add --resume to submit what is "
                 f"neither finished nor queued, or choose another --out"
             )
-        queued, never = in_queue(out)
+        queued, never = in_queue(spec, out)
         if never:
             jobs.command("scancel", *never)
         queued = {run: job for run, job in queued.items() if not is_done(root / run)}
@@ -328,7 +367,7 @@ def submit(
         for trunk, step in lost_forks(spec, root, queued).items():
             reopen(root / trunk, step)
             submission.reopened.append(trunk)
-        plan = arrays(spec, root, queued)
+        plan = arrays(spec, root, queued, request.array_limit)
         if not plan:
             return submission
         record_session(out, jobs=request.array_limit or sum(len(array.runs) for array in plan), threads=threads)
@@ -336,7 +375,9 @@ def submit(
         for array in plan:
             if array.trunk is not None:
                 array.after = f"afterok:{ids[array.trunk]}"
-            parameters = request.for_runs(out, threads) | _of_array(spec, request, array, array.after)
+            elif array.behind:
+                array.after = _after_any([*plan[0].ids, *queued.values()])
+            parameters = request.for_runs(out, threads) | _of_array(spec, array, array.after)
             target = train or (TRAIN_RANKS if request.ranks > 1 else TRAIN)
             tasks = [RunJob(out, run.name, threads, target) for run in array.runs]
             array.ids = _send(out, parameters, tasks, submission, command)

@@ -26,7 +26,7 @@ from isofusion.errors import InputError, RunFailure
 from isofusion.study.jobs import FAILURE, JOBS, append, events, now
 from isofusion.study.ledger import progress_of
 from isofusion.study.lock import locked_spec, read_lock, write_atomic
-from isofusion.study.pool import fork_of, fork_ready
+from isofusion.study.pool import fork_of, fork_ready, is_done
 from isofusion.study.progress import Progress
 from isofusion.study.worker import load
 
@@ -105,10 +105,7 @@ class RunJob:
             (self.folder / FAILURE).unlink(missing_ok=True)
             self.progress.started(config.name)
         self._say("start", node=socket.gethostname(), step=progress_of(self.folder)[0])
-        for _ in range(FORK_WAIT):
-            if fork_ready(self.root, config):
-                break
-            time.sleep(1)
+        self._await_fork(config)
         train = load(self.train)
         status = train(
             config, self.folder, self.root, threads=self.threads, on_event=self._event, stop=lambda: self.stopping
@@ -116,6 +113,18 @@ class RunJob:
         if self.rank == 0:
             self.progress.finished(config.name, status)
         return status
+
+    def _await_fork(self, config: RunConfig) -> None:
+        """Ends the job where the trunk failed before the fork: no failure of this run, whose state is `blocked`."""
+        trunk = self.root / str(config.parent)
+        for _ in range(FORK_WAIT):
+            if fork_ready(self.root, config) or (trunk / FAILURE).exists():
+                break
+            time.sleep(1)
+        if not fork_ready(self.root, config) and not is_done(trunk):
+            print(f"error: trunk {config.parent} did not reach step {config.start_step}", file=sys.stderr, flush=True)
+            self._say("end", failed="blocked")
+            sys.exit(1)
 
     def _event(self, event: dict[str, Any]) -> None:
         if self.rank == 0:
