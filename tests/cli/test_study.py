@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -74,6 +75,52 @@ def test_another_data_folder_in_the_file_is_another_study(toml: Path, capsys: py
     assert any("data.folder: 'one' -> 'two'" in change for change in later_changes(Path("runs/small")))
     assert call("study", "run", toml, "--set", "data.folder='one'", "--data", "two") == 2
     assert "data.folder: 'one' -> 'two'" in capsys.readouterr().err
+
+
+def test_other_spellings_of_one_data_folder_are_no_change(
+    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Relative, absolute, ./, a slash behind, a link, ~: the digests of runs keep what the lock has."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("one").mkdir()
+    Path("link").symlink_to("one")
+    spellings = ("one", "one/", "./one", "link", "~/one", str(tmp_path / "one"), "link/../one", f"{tmp_path}//link/")
+    for first in spellings:
+        toml.write_text(STUDY.replace("[data]", f'[data]\nfolder = "{first}"'))
+        assert call("study", "lock", toml, "--jobs", 1) == 0
+        before = read_lock(Path("runs/small"))
+        for other in spellings:
+            toml.write_text(STUDY.replace("[data]", f'[data]\nfolder = "{other}"'))
+            assert call("study", "lock", toml) == 0, (first, other, capsys.readouterr().err)
+            assert call("study", "lock", toml, "--data", os.path.expanduser(other)) == 0
+            assert later_changes(Path("runs/small")) == []
+        assert read_lock(Path("runs/small")) == before
+        Path("runs/small/study.lock").unlink()
+    toml.write_text(STUDY)  # without a folder: where you are
+    assert call("study", "lock", toml, "--jobs", 1) == 0
+    assert call("study", "lock", toml, "--data", ".") == 0
+    capsys.readouterr()
+    assert call("study", "lock", toml, "--data", "one") == 2
+    assert "data.folder: None -> 'one'" in capsys.readouterr().err
+
+
+def test_a_relative_data_folder_belongs_to_where_it_was_locked(
+    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("one").mkdir()
+    Path("elsewhere").mkdir()
+    assert call("study", "lock", toml, "--jobs", 1, "--data", "one") == 0
+    monkeypatch.chdir("elsewhere")
+    capsys.readouterr()
+    again = ("study", "lock", tmp_path / toml, "--out", "../runs/small")
+    assert call(*again) == 2
+    assert f"locked with data folder one in {tmp_path}, and there is no such folder here: run the command there" in (
+        capsys.readouterr().err
+    )
+    assert call(*again, "--data", tmp_path / "one") == 2
+    assert f"(the same folder, named from {tmp_path} when the study was locked: run the command there)" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_data_folder_of_the_command_line_is_remembered(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,18 +33,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 def _load(toml: Path, out: Path | None, data: Path | None, sets: list[str] | None) -> tuple[Any, Path, dict[str, Any]]:
     """(spec, out, data and overrides for the lock). On a locked study, --data and --set need not be given again."""
-    from isofusion.study.lock import LOCK, given_folder, read_lock
+    from isofusion.study.lock import LOCK, given_folder, read_lock, spelled_as_locked
     from isofusion.study.spec import StudySpec
 
     overrides = list(sets or ())
     if out is None:
         out = Path("runs") / StudySpec.from_toml(toml, data=data, overrides=overrides).name
-    if (out / LOCK).exists():
-        lock = read_lock(out)
+    lock = read_lock(out) if (out / LOCK).exists() else None
+    if lock is not None:
         overrides = overrides or list(lock.get("overrides", ()))
         data = data or given_folder(lock)
+        if data == given_folder(lock) and data is not None and not data.is_dir():
+            where = f" in {lock['cwd']}" if "cwd" in lock else ""
+            raise InputError(
+                f"{out}: the study was locked with data folder {data}{where}, and there is no such folder here: run "
+                f"the command there, or put the data back"
+            )
     given: dict[str, Any] = {"data": data, "overrides": overrides}
-    return StudySpec.from_toml(toml, **given), out, given
+    spec = StudySpec.from_toml(toml, **given)
+    return spec if lock is None else spelled_as_locked(lock, spec), out, given
 
 
 def _folder(target: Path, out: Path | None) -> Path:

@@ -73,6 +73,7 @@ def write_lock(
         "locked_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "toml": str(toml) if toml else None,
         "data": str(data) if data else None,
+        "cwd": os.getcwd(),
         "overrides": list(overrides),
         "spec": spec.model_dump(mode="json"),
         "digest": _digest(definition(spec)),
@@ -119,12 +120,33 @@ def locked_spec(out: Path) -> StudySpec:
         ) from None
 
 
+def spelled_as_locked(lock: dict[str, Any], spec: StudySpec) -> StudySpec:
+    """`spec` with the lock's spelling of its data folder, which the digests hold, where both are the same folder."""
+    locked, now = lock["spec"]["data"].get("folder"), spec.data.folder
+    if locked == now or not _same_folder(Path(locked or "."), Path(now or ".")):
+        return spec
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"folder": locked})})
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    if one.resolve() == other.resolve():
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not here
+        return False
+
+
 def check_lock(out: Path, spec: StudySpec) -> dict[str, Any]:
     """Return the lock if the study is still the locked one; else InputError that lists every changed field."""
     lock = read_lock(out)
     if changed := differences(lock["spec"], spec.model_dump(mode="json")):
         listed = "\n".join(f"  {line}" for line in changed[:12])
         more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
+        folder, place = lock["spec"]["data"].get("folder"), lock.get("cwd")  # older locks do not tell
+        same = place and _same_folder(Path(place, folder or "."), Path(spec.data.folder or "."))
+        if same and folder != spec.data.folder:
+            more += f"\n  (the same folder, named from {place} when the study was locked: run the command there)"
         raise InputError(
             f"the study differs from the one locked in {out / LOCK} ({lock['locked_at']}):\n{listed}{more}\n"
             f"take the change back to go on, or start a new study with another --out; nothing was touched"
@@ -203,10 +225,11 @@ def later_changes(out: Path) -> list[str]:
         try:
             data = given_folder(lock)
             there = data if data and data.is_dir() else None  # a report may be made where the data is not
-            now = StudySpec.from_toml(toml, data=there, overrides=lock.get("overrides", ())).model_dump(mode="json")
+            read = StudySpec.from_toml(toml, data=there, overrides=lock.get("overrides", ()))
         except InputError as error:
             found.append(f"the study's file no longer reads: {error}")
         else:
+            now = spelled_as_locked(lock, read).model_dump(mode="json")
             found += [
                 f"{toml} was edited after the lock (the results are of the locked study): {line}"
                 for line in differences(lock["spec"], now)

@@ -9,6 +9,7 @@ measured. Steps are rounded to the nearest whole number: steps_k = round(D_k / (
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable
@@ -124,6 +125,8 @@ class StudySpec(Frozen):
             if not Path(data).is_dir():
                 raise InputError(f"--data {data}: no such folder")
             tree.setdefault("data", {})["folder"] = str(data)
+        if isinstance(section := tree.get("data"), dict) and isinstance(section.get("folder"), str):
+            section["folder"] = os.path.expanduser(section["folder"])
         try:
             spec = cls._from_tree(tree)
             spec.check()
