@@ -7,20 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WrapValidator, model_validator
 
+STORED = {"stored": True}  # context of reading what an earlier version may have written
+
+
+def _of_new_studies(value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
+    """A bound that came after studies which it refuses: those can still be read."""
+    return value if info.context == STORED and isinstance(value, (int, float)) else check(value)
+
+
+OfNewStudies = WrapValidator(_of_new_studies)
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32), OfNewStudies]
 
 
 class Frozen(BaseModel):
     """Immutable, and an unknown key is an error rather than a silent default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def stored(cls, tree: Any) -> Self:
+        """What an earlier version may have written, without the bounds that have come since."""
+        return cls.model_validate(tree, context=STORED)
 
     def canonical_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -167,7 +182,7 @@ class TrainConfig(Frozen):
     cooldown_shape: Literal["one-minus-sqrt", "inverse-sqrt", "linear"] = "one-minus-sqrt"
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Positive = 1e-8
-    weight_decay: Share = 1e-4  # shrink per step at peak, whatever the learning rate
+    weight_decay: Annotated[Share, OfNewStudies] = 1e-4  # shrink per step at peak, whatever the learning rate
     clip: Positive = 1.0
     rows_per_step: PositiveInt = 2048
     precision: Literal["auto", "fp32", "bf16"] = "auto"

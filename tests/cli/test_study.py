@@ -137,6 +137,25 @@ def test_a_data_folder_of_the_command_line_is_remembered(toml: Path, capsys: pyt
     assert "data.folder: 'one' -> 'two'" in capsys.readouterr().err
 
 
+def test_a_study_locked_before_a_setting_was_refused_says_what_can_be_done(
+    toml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("study", "lock", toml, "--jobs", 1) == 0
+    lock = Path("runs/small/study.lock")
+    lock.write_text(lock.read_text().replace('"weight_decay": 0.0001', '"weight_decay": 1.0'))
+    toml.write_text(STUDY.replace("[train]", "[train]\nweight_decay = 1.0"))
+    capsys.readouterr()
+    for verb in ("run", "lock"):
+        assert call("study", verb, toml) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(
+            "error: small.toml: [train]: weight_decay: input should be less than 1, got 1.0; runs/sm"
+        )
+        assert "its finished runs can be reported (isofusion study report runs/small)" in error
+    assert call("study", "status", "runs/small") == 0
+    assert "3 waiting" in capsys.readouterr().out
+
+
 def test_bad_study_is_exit_code_2(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml.write_text(STUDY.replace("width = 16", "width = 20"))
     for verb in ("estimate", "lock", "run"):

@@ -16,8 +16,10 @@ import pytest
 from rich.console import Console
 
 from isofusion.errors import InputError, RunFailure
+from isofusion.report.analysis import analyse
 from isofusion.study import ledger
 from isofusion.study.holder import only_one
+from isofusion.study.lock import locked_spec, refused_since, write_lock
 from isofusion.study.progress import make_progress
 from isofusion.study.run import Interrupted, pin_data, prepare, run_study
 from isofusion.study.spec import StudySpec
@@ -339,6 +341,48 @@ def test_ledger_rebuilds_to_the_same_rows(toml: Path, tmp_path: Path, fake: str)
     (out / ledger.INDEX).unlink()
     assert ledger.results(out) == before
     assert (out / "results.csv").read_bytes() == csv_before
+
+
+def test_a_study_of_a_version_that_allowed_more_can_be_read(toml: Path, tmp_path: Path, fake: str) -> None:
+    out = tmp_path / "out"
+    write_lock(out, StudySpec.from_toml(toml), toml=toml, jobs=1, threads=1)
+    run(StudySpec.from_toml(toml), out, fake)
+    before = ledger.results(out)
+    assert refused_since(out) == ""
+    for path in (out / "study.lock", *out.glob("runs/*/run.json")):
+        text = path.read_text()
+        assert '"weight_decay": 0.0001' in text
+        path.write_text(text.replace('"weight_decay": 0.0001', '"weight_decay": 1.5'))
+    assert ledger.unread(out) == []
+    assert [row["loss_mean"] for row in ledger.results(out)] == [row["loss_mean"] for row in before]
+    tree = json.loads((out / "study.lock").read_text())
+    tree["spec"]["seeds"] = [-1]
+    (out / "study.lock").write_text(json.dumps(tree))
+    assert {config.seed for config in locked_spec(out).runs()} == {-1}
+    said = refused_since(out)
+    assert "allowed what this one refuses (seeds.0: input should be greater than or equal to 0, got -1" in said
+    assert f"isofusion study report {out}" in said
+    tree["spec"]["seeds"] = ["many"]
+    (out / "study.lock").write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"study.lock: seeds.0: input should be a valid integer.*another version"):
+        locked_spec(out)
+
+
+def test_a_finished_run_that_cannot_be_read_is_named(toml: Path, tmp_path: Path, fake: str) -> None:
+    out = tmp_path / "out"
+    run(StudySpec.from_toml(toml), out, fake)
+    (out / "runs" / "early-s16-s0-d10" / "run.json").write_text('{"config": {')
+    (out / "runs" / "early-s32-s0-d20" / "eval.json").unlink()
+    lost = ["early-s16-s0-d10", "early-s32-s0-d20"]
+    assert ledger.unread(out) == lost
+    found = analyse(out)
+    assert found["unread"] == lost
+    [warning] = [entry for entry in found["warnings"] if entry["code"] == "unread"]
+    assert warning["items"][0]["where"] == lost
+    for path in out.glob("runs/*/run.json"):
+        path.write_text("")
+    with pytest.raises(InputError, match=r"no finished run can be reported: early-s16-s0-d10 \(and those of 8 more\)"):
+        analyse(out)
 
 
 def test_tuning_and_excluded_runs_stay_out_of_the_table(read, tmp_path: Path, fake: str) -> None:

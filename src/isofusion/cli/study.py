@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 def _load(toml: Path, out: Path | None, data: Path | None, sets: list[str] | None) -> tuple[Any, Path, dict[str, Any]]:
     """(spec, out, data and overrides for the lock). On a locked study, --data and --set need not be given again."""
+    from isofusion.study.lock import refused_since
+
+    try:
+        return _read(toml, out, data, sets)
+    except InputError as error:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file that does not read as far as that
+            out = out or Path("runs") / tomllib.loads(toml.read_text(encoding="utf-8"))["study"]["name"]
+        raise InputError(f"{error}{refused_since(out) if out else ''}") from None
+
+
+def _read(toml: Path, out: Path | None, data: Path | None, sets: list[str] | None) -> tuple[Any, Path, dict[str, Any]]:
     from isofusion.study.lock import LOCK, given_folder, read_lock, spelled_as_locked
     from isofusion.study.spec import StudySpec
 
@@ -274,7 +287,7 @@ def status_command(
     for row in rows:
         shown = f"{row['loss']:.4f}" if row["loss"] is not None else ""
         steps = "" if row["step"] is None and row["state"] not in ("done", "unfinished", "failed") else "{}/{}"
-        steps = steps.format(row["step"], row["end_step"])
+        steps = steps.format(row["step"] or 0, row["end_step"])
         job = (row.get("job", ""),) if jobs else ()
         table.add_row(row["run"], row["state"], steps, shown, *job, style=styles[row["state"]])
     console = Console()

@@ -77,6 +77,12 @@ def _recommend(fronts: dict[str, dict[str, Any]], c: float, field: str) -> dict[
     return {"c": float(first["c"][i]), "arms": rows, "best": order[0], "tied": tied, "clear": not tied}
 
 
+UNREAD = (
+    "its run.json or eval.json cannot be read: damaged, or of another version of isofusion; restore the file, or "
+    "delete the run's folder and train it again with --resume"
+)
+
+
 def warnings(a: Analysis) -> list[dict[str, Any]]:
     """What a reader must know before using a number: {"code", "text"}, most serious first, equal ones merged."""
     found: list[tuple[str, str, str]] = []  # code, what, where
@@ -139,12 +145,14 @@ def warnings(a: Analysis) -> list[dict[str, Any]]:
     if a["methods"]["planned"] and a["methods"]["finished"] < a["methods"]["planned"]:
         done, planned = a["methods"]["finished"], a["methods"]["planned"]
         found.append(("unfinished", f"{done} of {planned} planned runs have finished", "study"))
+    found += [("unread", f"finished, and left out here: {UNREAD}", run) for run in a["unread"]]
     return _merged(found)
 
 
 _ORDER = (
     "no-fit",
     "below-bound",
+    "unread",
     "unfinished",
     "exponent-at-bound",
     "term-vanished",

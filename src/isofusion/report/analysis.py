@@ -4,6 +4,7 @@ Fields (None or absent where the study does not allow it):
   study       name, title, runs, arms, domains, sizes, seeds, compute axis and label, c_min, c_max, c_ref, reducible
   arms        per arm: fusion, experts, sizes, ranges of N, D and C, number of runs
   points      one per finished branch: arm, size, n, d, c, steps, seed, loss per domain and "mean"
+  unread      finished runs that are left out because their files cannot be read
   entropy     per domain: oracle, text_oracle (a reader without images), learner's bound at the largest D, chance
   fits        arm -> domain -> parameters, a, b, d, regression, intervals, power law, warnings; or ok = False, reason
   frontier    arm -> domain or "mean" -> compute-optimal loss, N, D, D/N over compute with intervals, extrapolated flags
@@ -47,14 +48,18 @@ def analyse(out: Path, rows: list[dict[str, Any]] | None = None, *, pool: Execut
     arms are fitted meanwhile, e.g. a ProcessPoolExecutor; the same numbers, sooner. Raises InputError when no run has
     finished.
     """
-    out = Path(out)
-    if rows is None:
-        from isofusion.study.ledger import results
+    from isofusion.study.ledger import results, unread
 
+    out = Path(out)
+    lost = unread(out) if rows is None else []
+    if rows is None:
         rows = results(out, all_runs=True)
     excluded = [r for r in rows if r.get("excluded")]
     sweep = [r for r in rows if r.get("variant") and not r.get("excluded")]
     main = [r for r in rows if not r.get("variant") and not r.get("excluded")]
+    if not main and lost:
+        more = f" (and those of {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise InputError(f"{out}: no finished run can be reported: {lost[0]}{more}: {advice.UNREAD}")
     if not main:
         raise InputError(f"{out}: no run has finished yet; let `isofusion study run` finish at least one branch")
     lock = methods.read_json(out / "study.lock") or {}
@@ -67,7 +72,7 @@ def analyse(out: Path, rows: list[dict[str, Any]] | None = None, *, pool: Execut
     arms = _arm_order(main, spec)
     tiers = _tiers(main)
     points = [_point(r, domains, column, tiers) for r in main]
-    a: Analysis = {"schema": 1, "points": points}
+    a: Analysis = {"schema": 1, "points": points, "unread": lost}
     a["study"] = _study(out, spec, main, points, arms, domains, tiers, compute)
     a["arms"] = {arm: _arm(arm, main, points) for arm in arms}
     a["entropy"] = _entropy(out, main, domains)

@@ -14,12 +14,12 @@ from isofusion.errors import InputError, explain, unknown
 T = TypeVar("T", bound=BaseModel)
 
 
-def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def make(cls: type[T], values: Mapping[str, Any], where: str, context: Any = None) -> T:
     """Validate, turning a pydantic error into one InputError that starts with `where`."""
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: must be a table, got {values!r}")
     try:
-        return cls.model_validate(dict(values))
+        return cls.model_validate(dict(values), context=context)
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error, cls)}") from None
 

@@ -52,7 +52,7 @@ def read_config(folder: Path) -> RunConfig | None:
     if tree is None:
         return None
     try:
-        return RunConfig.model_validate(tree.get("config", tree))
+        return RunConfig.stored(tree.get("config", tree))
     except ValueError:
         return None
 
@@ -121,6 +121,17 @@ def result_row(out: Path, config: RunConfig, excluded: bool = False) -> dict[str
         for kind in ("loss", "oracle", "bound", "blind", "shuffled"):
             row[f"{kind}_{domain}"] = measured.get(kind)
     return {column: row[column] for column in COLUMNS}
+
+
+def unread(out: Path) -> list[str]:
+    """Finished runs that have no row although they should: their run.json or eval.json cannot be read."""
+    found = []
+    for folder in sorted((out / "runs").glob("*/")):
+        config = read_config(folder)
+        whole = config is not None and (config.kind == "trunk" or _json(folder / "eval.json") is not None)
+        if (folder / "DONE").exists() and not whole:
+            found.append(folder.name)
+    return found
 
 
 def state_of(folder: Path) -> str:

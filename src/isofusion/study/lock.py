@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from isofusion.errors import InputError
+from isofusion.errors import InputError, explain
 from isofusion.study.spec import METRIC, REMARKS, StudySpec
 
 LOCK = "study.lock"
@@ -113,11 +113,31 @@ def locked_spec(out: Path) -> StudySpec:
     from pydantic import ValidationError
 
     try:
-        return StudySpec.model_validate(read_lock(out)["spec"])
-    except ValidationError:
+        return StudySpec.stored(read_lock(out)["spec"])
+    except ValidationError as error:
         raise InputError(
-            f"{out / LOCK}: was written by another version of isofusion, or edited; restore it or use another --out"
+            f"{out / LOCK}: {explain(error)}: it was written by another version of isofusion, or edited; use that "
+            f"version, restore the file, or start again with another --out (finished runs stay in {out / 'runs'})"
         ) from None
+
+
+def refused_since(out: Path) -> str:
+    """What to do about a study that was locked before this version began to refuse it; empty for any other."""
+    from pydantic import ValidationError
+
+    try:
+        spec = locked_spec(out)
+    except InputError:
+        return ""
+    try:
+        StudySpec.model_validate(spec.model_dump())
+    except ValidationError as error:
+        return (
+            f"; {out / LOCK} is of an earlier version that allowed what this one refuses ({explain(error)}): its "
+            f"finished runs can be reported (isofusion study report {out}); to train more, change that and give "
+            f"another --out"
+        )
+    return ""
 
 
 def spelled_as_locked(lock: dict[str, Any], spec: StudySpec) -> StudySpec:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from isofusion.config import DataConfig, Frozen, ModelConfig, Positive, RunConfig, Seed, TrainConfig
+from isofusion.config import STORED, DataConfig, Frozen, ModelConfig, Positive, RunConfig, Seed, TrainConfig
 from isofusion.errors import InputError
 from isofusion.study.checks import apply_override, choice, distinct, known_keys, make
 
@@ -261,7 +261,7 @@ class StudySpec(Frozen):
                 f"{where}: warmup_steps {train.warmup_steps} is more than 10 % of the smallest budget "
                 f"({self.budgets[0]} slots = {shortest} steps); use at most {int(WARMUP_SHARE * shortest)}"
             )
-        common: dict[str, Any] = {
+        common: dict[str, Any] = {  # all of it checked with the study
             "study": self.name,
             "arm": arm.name,
             "size": size.name,
@@ -272,11 +272,13 @@ class StudySpec(Frozen):
             "train": train,
         }
         forks = tuple(fork for _, fork, _ in points)
-        trunk = make(RunConfig, {**common, "kind": "trunk", "end_step": forks[-1], "forks": forks}, where)
+        trunk = make(RunConfig, {**common, "kind": "trunk", "end_step": forks[-1], "forks": forks}, where, STORED)
         tail = {"kind": "branch", "parent": trunk.name}
         return [trunk] + [
-            make(RunConfig, {**common, **tail, "start_step": fork, "end_step": end, "budget_tokens": budget}, where)
-            for budget, fork, end in points
+            make(
+                RunConfig, {**common, **tail, "start_step": fork, "end_step": end, "budget_tokens": goal}, where, STORED
+            )
+            for goal, fork, end in points
         ]
 
 
