@@ -252,6 +252,22 @@ def test_near_duplicates(files, tmp_path):
     assert any(w.startswith("source cap: 2 of 3 images") for w in report["warnings"])
 
 
+@pytest.mark.parametrize("left", [0, -9], ids=["empty", "cut short"])
+@pytest.mark.parametrize("name", ["duplicates/*.json", "tokenizers/*/*.json", "tokens/*/*/*.npy"])
+def test_a_damaged_file_of_the_cache_is_made_again(corpus, tmp_path, name: str, left: int) -> None:
+    """As a machine leaves them that lost its power: renamed into place, and not yet on the disk."""
+    first = Stream(config(corpus), 0, "train", 4)
+    batch, shared = fingerprint(first.batch(0)), first.near_duplicates()
+    whole = {path: path.read_bytes() for path in (tmp_path / "cache").glob(name)}
+    assert whole
+    for path, data in whole.items():
+        path.write_bytes(data[:left])
+        again = Stream(config(corpus), 0, "train", 4)
+        assert again.near_duplicates() == shared
+        assert fingerprint(again.batch(0)) == batch
+        assert path.read_bytes() == data
+
+
 def test_a_tokenizer_beside_the_data_is_found(corpus, tmp_path):
     content = Stream(config(corpus, tokenizer="train:300"), 0, "train", 1).tokenizer.content
     (corpus / "own.json").write_text(content)

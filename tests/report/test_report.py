@@ -183,6 +183,19 @@ def test_insignificant_differences_are_called_so(planted: Any, tmp_path: Path) -
     assert any(line.startswith("Which of early and late is better") for line in a["cannot"])
 
 
+def test_damaged_losses_of_documents_are_left_out(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out / "runs", tmp_path / "runs")
+    assert all(entry["docs"] > 0 for entry in evidence.image_use(tmp_path, rows))
+    whole = {path: path.read_bytes() for path in tmp_path.glob("runs/*/eval_docs.npz")}
+    for cut in (slice(0), slice(20), slice(-1), None):
+        for path, data in whole.items():
+            path.write_bytes(data[:100] + bytes(40) + data[140:] if cut is None else data[cut])
+        found = evidence.image_use(tmp_path, rows)
+        assert found
+        assert not any(entry["docs"] for entry in found)
+
+
 def test_a_domain_that_was_trained_and_not_validated_is_left_open(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out, tmp_path / "s")

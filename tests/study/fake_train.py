@@ -82,4 +82,6 @@ def train_run(config, folder: Path, runs_root: Path, *, threads: int, on_event=N
         }
         (folder / "eval.json").write_text(json.dumps(evaluation))
     (folder / "DONE").write_text("")
+    if on_event is not None:
+        on_event({"event": "done", "step": config.end_step})
     return "done"

@@ -417,6 +417,14 @@ def test_data_that_changed_between_sessions_is_refused(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "data.lock").read_text()) == first
 
 
+@pytest.mark.parametrize("text", ["", '{"train": {"capt', "[]x", '{"train": 3}'])
+def test_a_damaged_pin_of_the_data_is_bad_input(tmp_path: Path, text: str) -> None:
+    (tmp_path / "data.lock").write_text(text)
+    with pytest.raises(InputError, match=r"data.lock: is damaged.*Restore it; or, if you are sure .* delete it"):
+        pin_data(tmp_path, {"train": {"captions": "a"}})
+    assert (tmp_path / "data.lock").read_text() == text
+
+
 def test_the_data_is_pinned_when_a_study_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="training needs the [train] extra")
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))

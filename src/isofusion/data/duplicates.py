@@ -6,6 +6,7 @@ PAIRS comparisons an even subset of the validation pictures is compared, and `im
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 
@@ -37,7 +38,7 @@ def near_duplicates(train: Sequence[SourceIndex], val: SourceIndex) -> dict[str,
     """How much of `val` is also in any of `train`; cached by the contents of both."""
     key = cache.digest("duplicates", 1, DISTANCE, PAIRS, sorted(t.digest for t in train), val.digest)
     place = cache.root() / "duplicates" / f"{key}.json"
-    if place.exists():
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return json.loads(place.read_bytes())
 
     def both(column: str) -> tuple[np.ndarray, np.ndarray]:

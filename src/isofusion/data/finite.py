@@ -8,6 +8,7 @@ The text is tokenised once and the images are decoded once into stores in the ca
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,23 @@ class TokenStore:
     def __init__(self, documents: Documents, tokenizer: JsonTokenizer) -> None:
         key = cache.digest("tokens", VERSION, documents.index.digest, tokenizer.digest)
         folder = cache.root() / "tokens" / f"v{VERSION}" / key
-        if not folder.exists():
+        if not self._load(folder):
             with cache.lock(folder):
-                if not folder.exists():
+                if not self._load(folder):  # nor was another process first
+                    shutil.rmtree(folder, ignore_errors=True)
                     cache.write_folder(folder, lambda p: _tokenise(p, documents, tokenizer))
-        self.seg_ptr = np.load(folder / "seg_ptr.npy")
-        self.seg_len = np.load(folder / "seg_len.npy")
-        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r" if self.seg_len.max(initial=0) > 0 else None)
+                    self._load(folder)
+
+    def _load(self, folder: Path) -> bool:
+        """Whether the arrays are there, and whole."""
+        try:
+            self.seg_ptr = np.load(folder / "seg_ptr.npy")
+            self.seg_len = np.load(folder / "seg_len.npy")
+            self.tokens = np.load(folder / "tokens.npy", mmap_mode="r" if self.seg_len.max(initial=0) > 0 else None)
+        except (OSError, ValueError, EOFError):
+            return False
         self.seg_at = np.concatenate([[0], np.cumsum(np.maximum(self.seg_len, 0), dtype=np.int64)])
+        return True
 
 
 def _tokenise(folder: Path, documents: Documents, tokenizer: JsonTokenizer) -> None:

@@ -6,6 +6,7 @@ special or not: a literal "<eos>" in a document is spelled out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -166,10 +167,11 @@ def train(size: int, texts: Callable[[], Iterable[str]], corpus: str) -> JsonTok
             f"tokenizer train:{size} is too small: 256 bytes and {len(RESERVED)} reserved tokens need {smallest}"
         )
     place = cache.root() / "tokenizers" / f"v{VERSION}" / f"{cache.digest(corpus, size)}.json"
-    if not place.exists():
-        content = _train(size, _bounded(texts()))
-        cache.write_bytes(place, content.encode())
-    return JsonTokenizer(place.read_text(encoding="utf-8"), f"train:{size}")
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+        return JsonTokenizer(place.read_text(encoding="utf-8"), f"train:{size}")
+    content = _train(size, _bounded(texts()))
+    cache.write_bytes(place, content.encode())
+    return JsonTokenizer(content, f"train:{size}")
 
 
 def _bounded(texts: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -239,11 +241,11 @@ def _docs(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """
     found: dict[str, dict[str, np.ndarray]] = {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             for name in arrays.files:
                 key, _, kind = name.rpartition("_")
                 found.setdefault(key.removesuffix("/doc"), {})[kind] = arrays[name]
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return {}
     return found
 

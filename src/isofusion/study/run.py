@@ -74,8 +74,14 @@ def pin_data(out: Path, found: dict[str, dict[str, str]]) -> None:
     if not place.exists():
         write_atomic(place, json.dumps(found, indent=1) + "\n")
         return
-    pinned = json.loads(place.read_text())
-    names = [(split, name) for split in pinned for name in {**pinned[split], **found.get(split, {})}]
+    try:
+        pinned = json.loads(place.read_text())
+        names = [(split, name) for split in pinned for name in {**pinned[split], **found.get(split, {})}]
+    except (ValueError, TypeError):
+        raise InputError(
+            f"{place}: is damaged; it says what the study's files were when it began. Restore it; or, if you are sure "
+            f"that they have not changed, delete it and it is written anew from the files there are now"
+        ) from None
     changed = [
         f"{name} ({split})" for split, name in names if found.get(split, {}).get(name) != pinned[split].get(name)
     ]

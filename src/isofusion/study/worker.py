@@ -72,6 +72,8 @@ class Worker:
             if event["event"] == "step" and now - last < EVENT_INTERVAL:
                 held = event
                 return
+            if held is not None and event["event"] != "step":
+                self.emit(held)
             last, held = now, None
             self.emit(event)
 

@@ -107,9 +107,10 @@ def train_run(
             )
             return run.finish(lambda: terminated.is_set() or bool(stop and stop()))
         except OSError as error:
+            name = f" ({error.filename})" if error.filename else ""
             raise RunFailure(
-                f"{folder}: {error.strerror or error} ({error.filename or 'no file'}); the last whole checkpoint is "
-                f"untouched, mend this and resume"
+                f"{folder}: {error.strerror or error}{name}; the last whole checkpoint is untouched, "
+                f"mend this and resume"
             ) from error
 
 
