@@ -156,6 +156,17 @@ def test_a_study_locked_before_a_setting_was_refused_says_what_can_be_done(
     assert "3 waiting" in capsys.readouterr().out
 
 
+def test_status_of_a_run_whose_failure_cannot_be_read(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("study", "lock", toml, "--jobs", 1) == 0
+    folder = Path("runs/small/runs/early-s16-s0-trunk")
+    folder.mkdir(parents=True)
+    for text in ("", '{"kind": "failure", "mess', "[]"):
+        (folder / "failure.json").write_text(text)
+        capsys.readouterr()
+        assert call("study", "status", "runs/small") == 0
+        assert f"{folder}/failure.json cannot be read; see runs/small/logs" in capsys.readouterr().out
+
+
 def test_bad_study_is_exit_code_2(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml.write_text(STUDY.replace("width = 16", "width = 20"))
     for verb in ("estimate", "lock", "run"):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.study.lock import LOCK, check_lock, later_changes, locked_spec, record_session, write_lock
+from isofusion.study.jobs import append, read_lines
+from isofusion.study.lock import LOCK, SESSIONS, check_lock, later_changes, locked_spec, record_session, write_lock
 from isofusion.study.spec import StudySpec
 
 
@@ -61,6 +62,24 @@ def test_later_changes_are_listed(tmp_path: Path, toml: Path) -> None:
     assert "2 threads per run instead of 1" in text
     assert "train.lr: 0.005 -> 0.006" in text
     assert "run early-s16-s0-trunk was trained with another configuration" in text
+
+
+def test_a_line_cut_in_half_costs_itself_alone(tmp_path: Path, toml: Path) -> None:
+    out = tmp_path / "out"
+    lock(out, toml)
+    record_session(out, jobs=1, threads=1)
+    path = out / SESSIONS
+    path.write_bytes(path.read_bytes()[:-9])
+    record_session(out, jobs=1, threads=2)
+    assert [line["threads"] for line in read_lines(path)] == [2]
+    assert len(path.read_text().splitlines()) == 2  # what was cut stays as it was
+    append(path, {"started_at": "later"})
+    with path.open("ab") as file:
+        file.write(b'[1, 2]\nnull\n7\n"\xff')
+    (out / "runs" / "early-s16-s0-trunk").mkdir(parents=True)
+    (out / "runs" / "early-s16-s0-trunk" / "run.json").write_text("null")
+    [change] = later_changes(out)
+    assert change.endswith("2 threads per run instead of 1")
 
 
 def test_damaged_or_missing_lock(tmp_path: Path, toml: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from isofusion.cli.main import main
 from isofusion.cli.slurm import refuse_local
-from isofusion.errors import InputError
+from isofusion.errors import InputError, RunFailure
 from isofusion.study import jobs, ledger, slurm
 from isofusion.study.lock import write_lock
 from isofusion.study.slurm import Request
@@ -296,6 +296,33 @@ def test_a_refusal_half_way_keeps_what_is_submitted(spec: StudySpec, tmp_path: P
     ]
     with pytest.raises(InputError, match="6 runs of this study are jobs in SLURM's queue"):
         refuse_local(out, {})
+
+
+def test_jobs_that_cannot_be_written_down_are_cancelled(
+    spec: StudySpec, tmp_path: Path, cluster: Any, monkeypatch
+) -> None:
+    out, written = tmp_path / "out", []
+
+    def full(path: Path, line: dict) -> None:
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(line["job_id"])
+        append(path, line)
+
+    append = jobs.append
+    with monkeypatch.context() as patch:
+        patch.setattr("isofusion.study.slurm.jobs.append", full)
+        patch.setattr("isofusion.study.slurm.record_session", lambda *_, **__: None)
+        with pytest.raises(
+            RunFailure, match=r"jobs.jsonl: No space left on device; the jobs 111_0 to 111_1 .* cancelled"
+        ):
+            submit(spec, out)
+    assert cluster.states() == dict.fromkeys(("101_0", "101_1"), "PENDING") | dict.fromkeys(
+        ("111_0", "111_1"), "CANCELLED"
+    )
+    again = submit(spec, out, resume=True)
+    assert [[run.name for run in array.runs] for array in again.arrays] == [[OTHER[2], OTHER[1]], [LONG, SHORT]]
+    assert set(again.queued) == {TRUNK, OTHER[0]}
 
 
 def test_a_node_without_the_lock_says_so(spec: StudySpec, tmp_path: Path, cluster: Any) -> None:

@@ -339,6 +339,24 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
         train(tmp_path, other)
 
 
+@pytest.mark.parametrize("text", ["", '{"config": {', "null", "[]"])
+def test_a_damaged_description_of_a_run_is_written_anew(whole: Path, tmp_path: Path, text: str) -> None:
+    """Unfinished: the run goes on from its checkpoint, which refuses another one. Finished: it is bad input."""
+    run = config()
+    assert train(tmp_path, run, stop=after(7)) == "interrupted"
+    place = tmp_path / run.name / "run.json"
+    place.write_text(text)
+    with pytest.raises(InputError, match=r"step_7.*config\.train\.lr: 0\.01, now 0\.02"):
+        train(tmp_path, config(train__lr=0.02))
+    assert place.read_text() == text
+    assert train(tmp_path, run) == "done"
+    assert_same(whole, tmp_path, run)
+    assert json.loads(place.read_text())["digest"] == run.digest()
+    place.write_text(text)
+    with pytest.raises(InputError, match=r"run\.json: is damaged; restore it, or delete the folder"):
+        train(tmp_path, run)
+
+
 def test_other_data_are_refused(tmp_path: Path) -> None:
     train(tmp_path, config(), stop=after(6))
     with pytest.raises(InputError, match='data_fingerprint: "data-1", now "data-2"'):

@@ -251,6 +251,7 @@ def status_command(
     as_json: Json = False,
 ) -> None:
     """Where every run of a study stands, and what changed since it was locked."""
+    from isofusion.study.jobs import failure
     from isofusion.study.ledger import Ledger, progress_of, state_of
     from isofusion.study.lock import later_changes, locked_spec
 
@@ -268,7 +269,7 @@ def status_command(
         row: dict[str, Any] = {"run": run.name, "state": state, "step": step}
         row |= {"end_step": run.end_step, "loss": loss}
         if state == "failed":
-            row["message"] = json.loads((folder / "failure.json").read_text())["message"]
+            row["message"] = failure(folder) or f"{folder / 'failure.json'} cannot be read; see {out / 'logs'}"
         slurm.add_job(row, jobs.get(run.name))
         rows.append(row)
     changes = later_changes(out)

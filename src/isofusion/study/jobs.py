@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import getpass
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -34,15 +35,18 @@ def now() -> str:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to a .jsonl file; one that a kill cut short keeps its own line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    with path.open("ab+") as file:
+        file.seek(-1 if file.seek(0, os.SEEK_END) else 0, os.SEEK_END)
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file; a line that a kill cut short is left out."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     found = []
@@ -51,7 +55,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return [line for line in found if isinstance(line, dict)]
 
 
 def submitted(out: Path) -> dict[str, dict[str, Any]]:
@@ -126,7 +130,7 @@ def _each(job: str) -> list[str]:
     return found
 
 
-def _failure(folder: Path) -> str | None:
+def failure(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / FAILURE).read_text())["message"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -158,7 +162,7 @@ def states(out: Path, spec: StudySpec) -> tuple[list[dict[str, Any]], str | None
         job = queued.get(line["job_id"]) or remembered.get(line["job_id"])
         state, message = _state(folder, line, job, bool(starts), known=trouble is None)
         trunk = rows.get(str(config.parent))
-        if state == "failed" and _failure(folder) is None and trunk and trunk["state"] in ("failed", "blocked"):
+        if state == "failed" and failure(folder) is None and trunk and trunk["state"] in ("failed", "blocked"):
             state, message = "blocked", f"its trunk {config.parent} failed; `study run --resume` submits both again"
         rows[config.name] = {
             "run": config.name,
@@ -184,9 +188,9 @@ def _state(folder: Path, line: dict[str, Any], job: Queued | None, begun: bool, 
         if job.reason == NEVER:
             return "failed", f"job {job_id} waits for a job that failed"
         return ("requeued" if begun else "pending"), None if job.reason in ("None", "") else job.reason
-    failure = _failure(folder)
-    if failure is not None:
-        return "failed", failure
+    why = failure(folder)
+    if why is not None:
+        return "failed", why
     if not known:
         return "unknown", None
     if job is None:

@@ -7,7 +7,6 @@ else changed later (an edited lock, other versions, another thread count) is lis
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from isofusion.errors import InputError, explain
+from isofusion.study.jobs import append, now, read_lines
 from isofusion.study.spec import METRIC, REMARKS, StudySpec
 
 LOCK = "study.lock"
@@ -70,7 +70,7 @@ def write_lock(
         return check_lock(out, spec)
     lock = {
         "format": 1,
-        "locked_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "locked_at": now(),
         "toml": str(toml) if toml else None,
         "data": str(data) if data else None,
         "cwd": os.getcwd(),
@@ -209,15 +209,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def record_session(out: Path, *, jobs: int, threads: int) -> None:
     """Append what this `study run` runs with; `later_changes` compares it with the lock."""
-    line = {
-        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "pid": os.getpid(),
-        "jobs": jobs,
-        "threads": threads,
-        "versions": versions(),
-    }
-    with (out / SESSIONS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    line = {"started_at": now(), "pid": os.getpid(), "jobs": jobs, "threads": threads, "versions": versions()}
+    append(out / SESSIONS, line)
 
 
 def later_changes(out: Path) -> list[str]:
@@ -228,12 +221,14 @@ def later_changes(out: Path) -> list[str]:
         found.append(f"{LOCK} was edited by hand after it was written")
     for name, digest in lock["runs"].items():
         try:
-            run = json.loads((out / "runs" / name / "run.json").read_text())
-        except (OSError, ValueError):
+            trained = json.loads((out / "runs" / name / "run.json").read_text())["digest"]
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        if run.get("digest", digest) != digest:
+        if trained != digest:
             found.append(f"run {name} was trained with another configuration than the locked one")
-    for session in _sessions(out):
+    for session in read_lines(out / SESSIONS):
+        if not {"started_at", "threads", "versions"} <= session.keys():
+            continue
         when = session["started_at"]
         if session["threads"] != lock["threads"]:
             found.append(f"from {when}: {session['threads']} threads per run instead of {lock['threads']}")
@@ -256,20 +251,6 @@ def later_changes(out: Path) -> list[str]:
                 if not (data and line.startswith("data.folder:"))  # given by --data, not by the file
             ]
     return list(dict.fromkeys(found))
-
-
-def _sessions(out: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (out / SESSIONS).read_text().splitlines()
-    except OSError:
-        return []
-    parsed = []
-    for line in lines:
-        try:
-            parsed.append(json.loads(line))
-        except ValueError:  # the line a kill -9 cut short
-            continue
-    return parsed
 
 
 def write_atomic(path: Path, text: str) -> None:

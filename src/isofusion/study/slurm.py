@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from isofusion.config import RunConfig
-from isofusion.errors import InputError
+from isofusion.errors import InputError, RunFailure
 from isofusion.study import jobs
 from isofusion.study.holder import only_one
 from isofusion.study.lock import record_session
@@ -381,13 +381,8 @@ def submit(
             target = train or (TRAIN_RANKS if request.ranks > 1 else TRAIN)
             tasks = [RunJob(out, run.name, threads, target) for run in array.runs]
             array.ids = _send(out, parameters, tasks, submission, command)
-            for run, job in zip(array.runs, array.ids, strict=True):
-                ids[run.name] = job
-                (root / run.name / jobs.FAILURE).unlink(missing_ok=True)
-                after = array.after.split(":")[1:] if array.after else []
-                line = {"run": run.name, "job_id": job, "submitted_at": jobs.now(), "after": after}
-                line["log"] = f"{jobs.FOLDER}/{job}_0_log.out"
-                jobs.append(out / jobs.FOLDER / jobs.JOBS, line)
+            ids |= {run.name: job for run, job in zip(array.runs, array.ids, strict=True)}
+            _record(out, array)
             submission.arrays.append(array)
         if report:
             try:
@@ -395,6 +390,25 @@ def submit(
             except InputError as error:  # the runs are submitted; a page can be made by hand
                 submission.note = f"no job for the report: {error}"
     return submission
+
+
+def _record(out: Path, array: Array) -> None:
+    """Write down which run is which job. Raises RunFailure (a full disk), these jobs cancelled: a run that SLURM has
+    and nobody knows of would be submitted again.
+    """
+    after = array.after.split(":")[1:] if array.after else []
+    try:
+        for run, job in zip(array.runs, array.ids, strict=True):
+            (out / "runs" / run.name / jobs.FAILURE).unlink(missing_ok=True)
+            line = {"run": run.name, "job_id": job, "submitted_at": jobs.now(), "after": after}
+            line["log"] = f"{jobs.FOLDER}/{job}_0_log.out"
+            jobs.append(out / jobs.FOLDER / jobs.JOBS, line)
+    except OSError as error:
+        jobs.command("scancel", *array.ids)
+        raise RunFailure(
+            f"{out / jobs.FOLDER / jobs.JOBS}: {error.strerror or error}; the jobs {array.ids[0]} to {array.ids[-1]} "
+            f"({array.title}) were cancelled again; mend this and add --resume"
+        ) from None
 
 
 def _send_report(spec: StudySpec, out: Path, request: Request, submission: Submission, command: str) -> str:

@@ -121,11 +121,21 @@ def _take(folder: Path, stack: ExitStack) -> None:
 
 def is_done(config: RunConfig, folder: Path) -> bool:
     """Whether the folder holds this very run, finished. Raises InputError when it holds another one."""
-    if (folder / "run.json").exists():
-        then = json.loads((folder / "run.json").read_bytes())
-        if then["digest"] != config.digest():
-            checkpoint.check_same(str(folder), {"config": then["config"]}, {"config": config.model_dump(mode="json")})
-    return (folder / "DONE").exists()
+    about, done = folder / "run.json", (folder / "DONE").exists()
+    if not about.exists():
+        return done
+    try:
+        then = json.loads(about.read_bytes())
+        digest, settings = then["digest"], then["config"]
+    except (ValueError, KeyError, TypeError):
+        if done:
+            raise InputError(
+                f"{about}: is damaged; restore it, or delete the folder {folder} to train the run again"
+            ) from None
+        return False  # it is written anew; a checkpoint of another run is refused all the same
+    if digest != config.digest():
+        checkpoint.check_same(str(folder), {"config": settings}, {"config": config.model_dump(mode="json")})
+    return done
 
 
 class _Run:
