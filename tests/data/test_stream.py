@@ -252,6 +252,23 @@ def test_near_duplicates(files, tmp_path):
     assert any(w.startswith("source cap: 2 of 3 images") for w in report["warnings"])
 
 
+@pytest.mark.timeout(60)  # packing every epoch would take days
+def test_the_ledger_of_many_epochs_is_reckoned_from_the_first(corpus, monkeypatch) -> None:
+    for source in Stream(config(corpus), 0, "train", 4).sources:
+        rows = source.rows_of(0)
+        exact = source.ledger(40 * rows + 3)
+        with monkeypatch.context() as patch:
+            patch.setattr("isofusion.data.finite.EXACT_EPOCHS", 5)
+            near = source.ledger(40 * rows + 3)
+        assert (exact["estimated"], near["estimated"]) == (False, True)
+        counted = ("documents", "text_tokens", "image_tokens", "epochs")
+        for key in counted:
+            assert near[key] == pytest.approx(exact[key], rel=0.01)
+        assert {**exact, "estimated": True, **{key: near[key] for key in counted}} == near
+        assert not source.ledger(4 * rows)["estimated"]
+        assert source.ledger(10**12)["epochs"] == pytest.approx(10**12 / rows, rel=0.05)
+
+
 @pytest.mark.parametrize("left", [0, -9], ids=["empty", "cut short"])
 @pytest.mark.parametrize("name", ["duplicates/*.json", "tokenizers/*/*.json", "tokens/*/*/*.npy"])
 def test_a_damaged_file_of_the_cache_is_made_again(corpus, tmp_path, name: str, left: int) -> None:

@@ -425,6 +425,16 @@ def test_a_damaged_pin_of_the_data_is_bad_input(tmp_path: Path, text: str) -> No
     assert (tmp_path / "data.lock").read_text() == text
 
 
+def test_a_vocabulary_too_small_is_found_before_the_lock(toml: Path, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("torch", reason="training needs the [train] extra")
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    spec = StudySpec.from_toml(toml, overrides=["arms.late.sizes.s16.vocab_size=511"])
+    with pytest.raises(
+        InputError, match=r'arm "late", size "s16": vocab_size 511 is less than the 512 tokens of world'
+    ):
+        prepare(spec)
+
+
 def test_the_data_is_pinned_when_a_study_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="training needs the [train] extra")
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))

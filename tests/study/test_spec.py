@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_reads_token_counts(text: object, value: int) -> None:
     assert parse_tokens(text) == value
 
 
+BRANCHES = [f"{arm}-s0-d{steps}" for arm in ("early-s16", "early-s32", "late-s16") for steps in (10, 20)]
 BAD = [
     (('fusion = "late"', 'fusion = "lat"'), ['arm "late"', "fusion", "'lat'"]),
     (
@@ -106,6 +108,12 @@ BAD = [
     (("val_rows = 2", "val_rows = 2\nval_seed = -1"), ["[data]", "val_seed", "greater than or equal to 0"]),
     (("seeds = [0]", "seeds = [99999999999999999999]"), ["seeds.0", "less than 4294967296"]),
     (("[data]", "[data"), ["not valid TOML", "line"]),
+    (("[2560, 5120]", '["1e400"]'), ["[study]", "budgets.0", "'1e400' is more than a number can hold"]),
+    (("[2560, 5120]", '["9e307T"]'), ["budgets.0", "more than a number can hold"]),
+    (("[model]", "[[model]]"), ["[model]: must be a table"]),
+    (("[train]", "[[train]]"), ["[train]: must be a table"]),
+    (("[arms.train]", "[[arms.train]]"), ['arm "late": train: must be a table']),
+    (("seeds = [0]", f"exclude = {json.dumps(BRANCHES)}"), ["[study]: exclude leaves no run to fit a law to"]),
 ]
 
 

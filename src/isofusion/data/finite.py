@@ -28,6 +28,7 @@ from isofusion.errors import InputError
 
 VERSION = 2
 BATCH = 512  # texts tokenised at once
+EXACT_EPOCHS = 64  # of the ledger; what comes after is like these
 OPEN = 64  # stores of patches of a source that are mapped at a time: each holds a file open
 
 
@@ -282,11 +283,11 @@ class FiniteSource:
         return Piece(key, ids, image, self.images.patches(d, int(self.i[p]), int(self.j[p])))
 
     def ledger(self, rows: int) -> dict[str, Any]:
-        """What the first `rows` rows hold, exactly: see `Stream.report`."""
+        """What the first `rows` rows hold: see `Stream.report`. Exact up to EXACT_EPOCHS whole epochs."""
         totals = {"documents": 0, "text_tokens": 0, "image_tokens": 0}
         seen = np.zeros(len(self.doc), bool)
         epochs, left, epoch = 0.0, rows, 0
-        while left > 0:
+        while left > 0 and epoch < EXACT_EPOCHS:
             row_ptr, order = self.plan(epoch)
             there = min(left, len(row_ptr) - 1)
             picked = order[: row_ptr[there]]
@@ -296,6 +297,9 @@ class FiniteSource:
             seen[picked] = True
             epochs += there / (len(row_ptr) - 1)
             left, epoch = left - there, epoch + 1
+        if left:  # each epoch holds everything once; only its rows differ a little
+            epochs = epoch * rows / (rows - left)
+            totals = {key: round(total * epochs / epoch) for key, total in totals.items()}
         hashes = self.index.column("image_hash")
         begin = self.images.image_ptr[self.doc[seen]]
         shown = np.zeros(len(hashes) + 1, np.int64)
@@ -306,7 +310,7 @@ class FiniteSource:
             "unique_tokens": int((self.length - self.image_slots)[seen].sum()),
             "unique_images": len(np.unique(hashes[np.cumsum(shown)[:-1] > 0])),
             "epochs": round(epochs, 4),
-            "estimated": False,
+            "estimated": left > 0,
             "samples": self.n_samples,
             "bad": self.index.bad,
             "bad_examples": self.index.examples,

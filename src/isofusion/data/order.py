@@ -51,7 +51,7 @@ def _whole_shares(weights: Sequence[float]) -> np.ndarray:
     parts = [Fraction(w).limit_denominator(10**6) for w in weights]
     total = sum(parts)
     if any(p <= 0 for p in parts):
-        raise InputError(f"weights of sources must be positive: {list(weights)}")
+        raise InputError(f"weights of sources must be at least 1e-6, got {list(weights)}; multiply all by one number")
     shares = [p / total for p in parts]
     period = math.lcm(*(s.denominator for s in shares))
     if period <= PERIOD:

@@ -47,6 +47,14 @@ def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
     train = spec.arms[0].sizes[0].train
     ahead.index(spec.data, ("train", "val"), cores())
     streams = {split: Stream(spec.data, spec.seeds[0], split, train.rows_per_step) for split in ("train", "val")}
+    words = streams["train"].tokenizer.vocab_size
+    for arm in spec.arms:
+        for size in arm.sizes:
+            if size.model.vocab_size < words:
+                raise InputError(
+                    f'arm "{arm.name}", size "{size.name}": vocab_size {size.model.vocab_size} is less than the '
+                    f"{words} tokens of {spec.data.tokenizer}; raise it, or leave it out to take the tokenizer's"
+                )
     if out is not None:
         found = {split: {s.name: s.digest for s in stream.sources} for split, stream in streams.items()}
         pin_data(out, found | {"text": {"the tokenizer": streams["train"].tokenizer.digest}})

@@ -41,7 +41,10 @@ def parse_tokens(value: Any) -> Any:
         found = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?\d+)?)\s*([KMBTkmbt]?)\s*", value)
         if not found:
             raise ValueError(f"{value!r} is not a token budget; write 500000, '500K', '0.5M', '2B' or '1T'")
-        return round(float(found[1]) * MULTIPLIERS.get(found[2].upper(), 1.0))
+        slots = float(found[1]) * MULTIPLIERS.get(found[2].upper(), 1.0)
+        if slots == float("inf"):
+            raise ValueError(f"{value!r} is more than a number can hold")
+        return round(slots)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -144,6 +147,7 @@ class StudySpec(Frozen):
         if not isinstance(arms, list) or not all(isinstance(arm, dict) for arm in arms):
             raise InputError("arms: write one [[arms]] table for each arm")
         known_keys(head, [key for key in cls.model_fields if key not in ("data", "arms", "tuning")], "[study]")
+        known_keys(tree.get("model", {}), ModelConfig.model_fields, "[model]")
         data = make(DataConfig, tree["data"], "[data]")
         model = {"patch_size": data.patch_size, **tree.get("model", {})}
         if "vocab_size" not in model and (size := vocab_size(data.tokenizer, data.folder)) is not None:
@@ -185,8 +189,11 @@ class StudySpec(Frozen):
         runs = self.runs()
         names = [run.name for run in runs]
         distinct(names, "run")
+        branches = [run for run in runs if run.kind == "branch"]
         for name in self.exclude:
-            choice(name, [run.name for run in runs if run.kind == "branch"], "[study]: exclude")
+            choice(name, [run.name for run in branches], "[study]: exclude")
+        if {run.name for run in branches if not run.variant} <= set(self.exclude):
+            raise InputError("[study]: exclude leaves no run to fit a law to; keep some branches of the study in")
 
     def notes(self) -> list[str]:
         """What is allowed and may yet be an oversight."""
@@ -332,6 +339,7 @@ def _arm(arm: dict[str, Any], position: int, model: dict[str, Any], train: dict[
         raise InputError(f"{where}: needs sizes, e.g. [arms.sizes] s16 = {{ width = 16 }}")
     common = {**model, **{key: value for key, value in arm.items() if key in ModelConfig.model_fields}}
     arm_train = arm.get("train", {})
+    known_keys(arm_train, TrainConfig.model_fields, f"{where}: train")
     make(TrainConfig, {**train, **arm_train}, f"{where}: train")
     sizes = []
     for name, entry in arm["sizes"].items():
