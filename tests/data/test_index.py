@@ -117,6 +117,24 @@ def test_bytes_that_cannot_be_read_count_although_their_samples_cannot(files, tm
         index_source(source(), tmp_path, "train", 0.3)
 
 
+def test_brackets_in_names_are_no_pattern(files, tmp_path):
+    folder = tmp_path / "data [v1] *"
+    files.tar(folder / "a.tar", pairs(files, 3))
+    files.tar(folder / "b[1].tar", pairs(files, 2))
+    assert index_source(source(), folder, "train", 0.0).n == 5
+    assert index_source(source().model_copy(update={"train": ("b[1].tar",)}), folder, "train", 0.0).n == 2
+    assert index_source(source().model_copy(update={"train": ("[a].tar",)}), folder, "train", 0.0).n == 3
+
+
+def test_a_link_to_a_file_that_is_gone_is_no_smaller_source(files, tmp_path):
+    files.tar(tmp_path / "a.tar", pairs(files, 3))
+    (tmp_path / "b.tar").symlink_to(tmp_path / "unmounted" / "b.tar")
+    with pytest.raises(InputError, match=r"b\.tar is a link to .*unmounted/b\.tar, which is not there; put it back"):
+        index_source(source(), tmp_path, "train", 0.0)
+    files.tar(tmp_path / "unmounted" / "b.tar", pairs(files, 2))
+    assert index_source(source(), tmp_path, "train", 0.0).n == 5
+
+
 def test_missing_files_and_folders_are_named(files, tmp_path):
     with pytest.raises(InputError, match=r"no file matches '\*\.tar'"):
         index_source(source(), tmp_path, "train", 0.1)

@@ -149,6 +149,17 @@ def test_no_setting_is_endless_or_no_number(toml: Path, value: str) -> None:
         assert name in str(caught.value)
 
 
+def test_a_mark_of_the_editor_and_a_home_folder(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = StudySpec.from_toml(toml)
+    toml.write_bytes(b"\xef\xbb\xbf" + toml.read_bytes().replace(b"\n", b"\r\n"))
+    assert StudySpec.from_toml(toml) == plain
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = StudySpec.from_toml(
+        toml, overrides=["data.folder=~/mine", "data.tokenizer=~/tok.json", "model.vocab_size=9"]
+    ).data
+    assert (data.folder, data.tokenizer) == (f"{tmp_path}/mine", f"{tmp_path}/tok.json")
+
+
 def test_missing_file_and_folder(toml: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         StudySpec.from_toml(toml.with_name("none.toml"))

@@ -319,12 +319,21 @@ class SourceIndex:
 
 
 def find_files(folder: Path, globs: tuple[str, ...], name: str, key: str) -> list[Path]:
-    """Sorted files of the globs, relative to `folder`. Raises InputError for a glob that matches nothing."""
+    """Sorted files of the globs, relative to `folder`. Raises InputError for a glob that matches nothing, and for a
+    link to a file that is not there: without it the study would have less data than it seems to.
+    """
     if not globs:
         raise InputError(f"source {name} has no files: set {key} = ['FOLDER/*.tar'] or the like")
     files: set[Path] = set()
     for pattern in globs:
-        hits = [Path(p) for p in glob.glob(str(folder / pattern), recursive=True) if Path(p).is_file()]
+        within = Path(glob.escape(str(folder))) / pattern  # the folder's own name is no pattern
+        found = [Path(p) for p in glob.glob(str(within), recursive=True)] or [folder / pattern]
+        hits = [path for path in found if path.is_file()]
+        if lost := [path for path in found if path.is_symlink() and not path.exists()]:
+            raise InputError(
+                f"source {name}: {lost[0]} is a link to {os.readlink(lost[0])}, which is not there; put it back, or "
+                f"take the link away"
+            )
         if not hits:
             raise InputError(
                 f"source {name}: no file matches {pattern!r} in {folder}; "

@@ -115,7 +115,7 @@ class StudySpec(Frozen):
         """
         path = Path(path)
         try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+            tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark first
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; ready studies are in the folder studies/") from None
         except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
@@ -128,8 +128,9 @@ class StudySpec(Frozen):
             if not Path(data).is_dir():
                 raise InputError(f"--data {data}: no such folder")
             tree.setdefault("data", {})["folder"] = str(data)
-        if isinstance(section := tree.get("data"), dict) and isinstance(section.get("folder"), str):
-            section["folder"] = os.path.expanduser(section["folder"])
+        if isinstance(section := tree.get("data"), dict):
+            paths = {key: section[key] for key in ("folder", "tokenizer") if isinstance(section.get(key), str)}
+            section |= {key: os.path.expanduser(path) for key, path in paths.items()}
         try:
             spec = cls._from_tree(tree)
             spec.check()
