@@ -3,11 +3,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from isofusion.cli import main as cli
 from isofusion.errors import InputError, RunFailure
+from isofusion.study import jobs
 
 
 def test_help_and_import_need_no_torch() -> None:
@@ -87,6 +89,28 @@ def test_troubles_are_one_message_and_a_code(
         cli.main([])
     assert ended.value.code == code
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As a container's user who is in no list of users."""
+
+    def nobody(*_: object) -> None:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "ISOFUSION_CACHE", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n')
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "inspect", str(tmp_path)])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: this user has no home folder: set the variable HOME to a folder that can be written\n"
+    )
+    monkeypatch.setattr(
+        "isofusion.study.jobs.command", lambda *words: "7|RUNNING|None" if "--user=" in words[3] else ""
+    )
+    assert list(jobs.queue()) == ["7"]
 
 
 def test_a_pydantic_error_is_never_shown_raw(monkeypatch, capsys) -> None:

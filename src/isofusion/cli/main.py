@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{where}{error.strerror or error}", 1)
     except Exception as error:
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
+            _end("this user has no home folder: set the variable HOME to a folder that can be written", 1)
         if type(error).__name__ == "ValidationError" and type(error).__module__.startswith("pydantic"):
             _end(explain(error), 2)  # type: ignore[arg-type]
         raise

@@ -8,7 +8,6 @@ queue (`squeue`, then `sacct` for what has left it). The ledger's table `jobs` i
 from __future__ import annotations
 
 import datetime
-import getpass
 import json
 import os
 import shutil
@@ -98,7 +97,7 @@ def command(*words: str) -> str:
 def queue() -> dict[str, Queued]:
     """This user's jobs in the queue by id, an array task as `123_4`. Raises InputError."""
     # all of the user's jobs: asked for an id that it has forgotten, squeue fails
-    text = command("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%r")
+    text = command("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r")
     rows = (line.strip().split("|", 2) for line in text.splitlines() if line.count("|") >= 2)
     return {job: Queued(state, reason) for job, state, reason in rows}
 
