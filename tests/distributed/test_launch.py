@@ -80,3 +80,12 @@ def test_what_cannot_be_is_refused(ranks: str, how: dict, why: str, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", ranks)
     with pytest.raises(InputError, match=why), connected(**how):
         pass
+
+
+@pytest.mark.parametrize("option", ["--threads", "--replicas", "--timeout"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan", "many"])
+def test_numbers_below_one_are_a_usage_error(tmp_path: Path, option: str, value: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path), "a-run", f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"argument {option}: {value}: must be a whole number, at least 1" in capsys.readouterr().err

@@ -221,8 +221,8 @@ class Ledger:
             write_csv(self.out / "results.csv", self.rows())
         except (sqlite3.Error, OSError) as error:
             raise RunFailure(
-                f"{self.out}: cannot write {INDEX} and results.csv ({error}); the run folders are untouched, free some "
-                f"space and run the study again with --resume"
+                f"{self.out}: cannot write {INDEX} and results.csv ({error}); the run folders are untouched; free some "
+                f"space, or copy the folder to where it can be written, and do this again (a study: with --resume)"
             ) from error
         finally:
             for path in (tmp, tmp.with_name(f"{tmp.name}-journal")):

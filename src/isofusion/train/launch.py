@@ -97,21 +97,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m isofusion.train", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the locked study; the run is in OUT/runs/NAME")
     parser.add_argument("name", metavar="NAME", help="name of the run, as `study status OUT` lists it")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank (default 1)")
+    parser.add_argument("--threads", type=_at_least_one, default=1, help="CPU threads of each rank (default 1)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     parser.add_argument(
         "--replicas",
-        type=int,
+        type=_at_least_one,
         default=1,
         help="copies of the sharded model, e.g. one a node (default 1: shard over all)",
     )
     parser.add_argument("--async-checkpoints", action="store_true", help="write checkpoints while training goes on")
     parser.add_argument(
-        "--timeout", type=float, default=TIMEOUT_S, help=f"seconds to wait for a lost rank (default {TIMEOUT_S:.0f})"
+        "--timeout",
+        type=_at_least_one,
+        default=TIMEOUT_S,
+        help=f"seconds to wait for a lost rank (default {TIMEOUT_S:.0f})",
     )
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
 
 
 def _print(event: dict[str, Any]) -> None:
