@@ -183,6 +183,25 @@ def test_insignificant_differences_are_called_so(planted: Any, tmp_path: Path) -
     assert any(line.startswith("Which of early and late is better") for line in a["cannot"])
 
 
+def test_a_full_disk_leaves_the_old_page_and_says_where(
+    built: Any, planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux has a device that is always full: what is written there fails as on such a disk."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    a, (_, rows) = built[1], planted
+    (tmp_path / "report.html").write_text("the old page")
+    monkeypatch.setattr("isofusion.report.page.analyse", lambda *_, **__: a)
+    monkeypatch.setattr("isofusion.report.page.draw_figures", lambda *_: ({}, []))
+    real, full = Path.open, Path("/dev/full")
+    monkeypatch.setattr(Path, "open", lambda path, *how, **k: real(full if path.suffix == ".tmp" else path, *how, **k))
+    with pytest.raises(OSError, match="No space left") as caught:
+        build_report(tmp_path, rows)
+    assert caught.value.filename == str(tmp_path / "report.html")
+    monkeypatch.setattr(Path, "open", real)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.html": "the old page"}
+
+
 def test_damaged_losses_of_documents_are_left_out(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out / "runs", tmp_path / "runs")

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ def analyse(out: Path, rows: list[dict[str, Any]] | None = None, *, pool: Execut
     finished.
     """
     from isofusion.study.ledger import results, unread
+    from isofusion.study.lock import write_atomic
 
     out = Path(out)
     lost = unread(out) if rows is None else []
@@ -99,9 +99,7 @@ def analyse(out: Path, rows: list[dict[str, Any]] | None = None, *, pool: Execut
     a["warnings"] = advice.warnings(a)
     a["cannot"] = advice.cannot_say(a)
     a = plain(a)
-    tmp = out / f"analysis.json.{os.getpid()}.tmp"
-    tmp.write_text(json.dumps(a, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(tmp, out / "analysis.json")
+    write_atomic(out / "analysis.json", json.dumps(a, indent=1, allow_nan=False) + "\n")
     return a
 
 

@@ -7,7 +7,6 @@ No script, no external resource. Each figure stands in two drawings, wide and na
 from __future__ import annotations
 
 import html
-import os
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from isofusion.report.figures_evidence import EVIDENCE_FIGURES
 from isofusion.report.figures_speed import speed
 from isofusion.report.style import NARROW, WIDE, themed
 from isofusion.report.words import percent
+from isofusion.study.lock import write_atomic
 
 DRAW = FIGURES | EVIDENCE_FIGURES | {"speed": speed}
 
@@ -34,11 +34,12 @@ def build_report(out: str | Path, rows: list[dict[str, Any]] | None = None, *, p
     out = Path(out)
     render.warm()
     a = analyse(out, rows, pool=pool)
-    drawn, missing = draw_figures(a, out / "figures")
     path = out / "report.html"
-    tmp = out / f"report.html.{os.getpid()}.tmp"
-    tmp.write_text(page(a, drawn, missing), encoding="utf-8")
-    os.replace(tmp, path)
+    try:
+        drawn, missing = draw_figures(a, out / "figures")
+        write_atomic(path, page(a, drawn, missing))
+    except OSError as error:  # a write to a full disk does not say where
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
     return path
 
 
