@@ -117,6 +117,14 @@ def test_bytes_that_cannot_be_read_count_although_their_samples_cannot(files, tm
         index_source(source(), tmp_path, "train", 0.3)
 
 
+def test_a_source_without_one_good_sample_may_have_the_wrong_format(files, tmp_path):
+    files.jsonl(tmp_path / "a.tar", [{"text": "words"}] * 3)
+    with pytest.raises(
+        InputError, match=r"no good sample: not a tar file 1(?s:.*)or correct format = 'webdataset' \(docs"
+    ):
+        index_source(source(), tmp_path, "train", 1.0)
+
+
 def test_brackets_in_names_are_no_pattern(files, tmp_path):
     folder = tmp_path / "data [v1] *"
     files.tar(folder / "a.tar", pairs(files, 3))

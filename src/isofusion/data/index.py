@@ -309,7 +309,7 @@ class SourceIndex:
             names = ", ".join(f.path.name for f in self.files)
             raise InputError(f"source {self.name}: there is no sample in {names}")
         head = f"{share:.1%} is bad (limit {max_bad_share:.1%}; {self.n} good samples)"
-        wrong = f"; or is it no source of format = {self.format!r}? (docs/own-data.md lists the formats)"
+        wrong = f", or correct format = {self.format!r} (docs/own-data.md lists the formats)"
         tail = ", or raise data.max_bad_share if the loss is acceptable" if self.n else wrong
         raise InputError(
             f"source {self.name}: {head if self.n else 'there is no good sample'}: {counts}\n  "
