@@ -167,6 +167,14 @@ def test_status_of_a_run_whose_failure_cannot_be_read(toml: Path, capsys: pytest
         assert f"{folder}/failure.json cannot be read; see runs/small/logs" in capsys.readouterr().out
 
 
+def test_a_file_is_no_folder_for_a_study(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes").write_text("mine")
+    for verb in ("estimate", "lock", "run"):
+        assert call("study", verb, toml, "--out", "notes") == 2
+        assert "--out notes: this is a file, and a study needs a folder" in capsys.readouterr().err
+    assert Path("notes").read_text() == "mine"
+
+
 def test_bad_study_is_exit_code_2(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml.write_text(STUDY.replace("width = 16", "width = 20"))
     for verb in ("estimate", "lock", "run"):

@@ -52,6 +52,8 @@ def _read(toml: Path, out: Path | None, data: Path | None, sets: list[str] | Non
     overrides = list(sets or ())
     if out is None:
         out = Path("runs") / StudySpec.from_toml(toml, data=data, overrides=overrides).name
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: this is a file, and a study needs a folder; choose another")
     lock = read_lock(out) if (out / LOCK).exists() else None
     if lock is not None:
         overrides = overrides or list(lock.get("overrides", ()))

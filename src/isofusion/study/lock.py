@@ -127,7 +127,7 @@ def refused_since(out: Path) -> str:
 
     try:
         spec = locked_spec(out)
-    except InputError:
+    except (InputError, OSError):
         return ""
     try:
         StudySpec.model_validate(spec.model_dump())
