@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import stat
+import types
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def test_a_gpu_study_is_prepared_before_its_runs_start(spec: StudySpec, monkeypa
         """A stream that costs nothing to open."""
 
         sources = ()
+        tokenizer = types.SimpleNamespace(vocab_size=512)
 
         def __init__(self, *settings: object) -> None:
             pass

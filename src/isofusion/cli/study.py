@@ -41,7 +41,7 @@ def _load(toml: Path, out: Path | None, data: Path | None, sets: list[str] | Non
         return _read(toml, out, data, sets)
     except InputError as error:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file that does not read as far as that
-            out = out or Path("runs") / tomllib.loads(toml.read_text(encoding="utf-8"))["study"]["name"]
+            out = out or Path("runs") / tomllib.loads(toml.read_text(encoding="utf-8-sig"))["study"]["name"]
         raise InputError(f"{error}{refused_since(out) if out else ''}") from None
 
 
