@@ -64,6 +64,27 @@ def test_later_changes_are_listed(tmp_path: Path, toml: Path) -> None:
     assert "run early-s16-s0-trunk was trained with another configuration" in text
 
 
+def test_a_tokenizer_that_is_not_here_is_no_edit_of_the_study(tmp_path: Path, toml: Path, monkeypatch) -> None:
+    """As where a report is made on another machine: the size of its vocabulary is not known there."""
+    monkeypatch.chdir(tmp_path)
+    Path("tok.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 600}}}))
+    toml.write_text(toml.read_text().replace("[data]", '[data]\ntokenizer = "tok.json"'))
+    spec = lock(tmp_path / "out", toml)
+    assert {size.model.vocab_size for arm in spec.arms for size in arm.sizes} == {601}
+    Path("tok.json").unlink()
+    assert later_changes(tmp_path / "out") == []
+    with pytest.raises(
+        InputError, match=r"the tokenizer tok.json is not here, .*put it back, or run the command where"
+    ):
+        check_lock(tmp_path / "out", StudySpec.from_toml(toml))
+    Path("tok.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 700}}}))
+    [early, *_] = later_changes(tmp_path / "out")
+    assert "edited after the lock" in early
+    assert "vocab_size: 601 -> 701" in early
+    with pytest.raises(InputError, match="vocab_size: 601 -> 701"):
+        check_lock(tmp_path / "out", StudySpec.from_toml(toml))
+
+
 def test_a_line_cut_in_half_costs_itself_alone(tmp_path: Path, toml: Path) -> None:
     out = tmp_path / "out"
     lock(out, toml)

@@ -18,7 +18,7 @@ from typing import Any
 
 from isofusion.errors import InputError, explain
 from isofusion.study.jobs import append, now, read_lines
-from isofusion.study.spec import METRIC, REMARKS, StudySpec
+from isofusion.study.spec import METRIC, REMARKS, StudySpec, vocab_size
 
 LOCK = "study.lock"
 SESSIONS = "sessions.jsonl"
@@ -161,6 +161,12 @@ def check_lock(out: Path, spec: StudySpec) -> dict[str, Any]:
     """Return the lock if the study is still the locked one; else InputError that lists every changed field."""
     lock = read_lock(out)
     if changed := differences(lock["spec"], spec.model_dump(mode="json")):
+        words = spec.data.tokenizer
+        if words == lock["spec"]["data"]["tokenizer"] and any(_unknown(spec, line) for line in changed):
+            raise InputError(
+                f"the tokenizer {words} is not here, and the study in {out / LOCK} was locked with it: put it back, or "
+                f"run the command where it is; nothing was touched"
+            )
         listed = "\n".join(f"  {line}" for line in changed[:12])
         more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
         folder, place = lock["spec"]["data"].get("folder"), lock.get("cwd")  # older locks do not tell
@@ -179,6 +185,11 @@ def check_lock(out: Path, spec: StudySpec) -> dict[str, Any]:
             f"written by another version of isofusion; restore it, or start a new study with another --out"
         )
     return lock
+
+
+def _unknown(spec: StudySpec, line: str) -> bool:
+    """Whether a difference is the size of a vocabulary that only a tokenizer which is not here could tell."""
+    return ".vocab_size: " in line and vocab_size(spec.data.tokenizer, spec.data.folder) is None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -249,6 +260,7 @@ def later_changes(out: Path) -> list[str]:
                 f"{toml} was edited after the lock (the results are of the locked study): {line}"
                 for line in differences(lock["spec"], now)
                 if not (data and line.startswith("data.folder:"))  # given by --data, not by the file
+                and not _unknown(read, line)
             ]
     return list(dict.fromkeys(found))
 
