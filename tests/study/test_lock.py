@@ -106,6 +106,16 @@ def test_a_line_cut_in_half_costs_itself_alone(tmp_path: Path, toml: Path) -> No
 def test_damaged_or_missing_lock(tmp_path: Path, toml: Path) -> None:
     with pytest.raises(InputError, match="not a study folder"):
         locked_spec(tmp_path)
+    spec = lock(tmp_path / "out", toml)
+    good = json.loads((tmp_path / "out" / LOCK).read_text())
+    for key, value in [("spec", {}), ("spec", 3), *((k, 3) for k in good if k not in ("format", "jobs", "threads"))]:
+        (tmp_path / "out" / LOCK).write_text(json.dumps(good | {key: value}))
+        if key.startswith("analysis"):
+            assert later_changes(tmp_path / "out") == [f"{LOCK} was edited by hand after it was written"]
+            continue
+        for read in (check_lock, lambda out, spec: later_changes(out)):
+            with pytest.raises(InputError, match="damaged"):
+                read(tmp_path / "out", spec)
     (tmp_path / LOCK).write_text("{")
     with pytest.raises(InputError, match="damaged"):
         check_lock(tmp_path, StudySpec.from_toml(toml))

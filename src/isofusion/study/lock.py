@@ -14,6 +14,7 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from isofusion.errors import InputError, explain
@@ -21,6 +22,7 @@ from isofusion.study.jobs import append, now, read_lines
 from isofusion.study.spec import METRIC, REMARKS, StudySpec, vocab_size
 
 LOCK = "study.lock"
+SHAPE = {"spec": dict, "digest": str, "runs": dict, "threads": int, "versions": dict, "locked_at": str}
 SESSIONS = "sessions.jsonl"
 PACKAGES = ("isofusion", "torch", "numpy", "scipy", "pydantic", "tokenizers", "pillow", "pyarrow")
 
@@ -94,7 +96,11 @@ def read_lock(out: Path) -> dict[str, Any]:
     path = out / LOCK
     try:
         lock = json.loads(path.read_text())
-        lock["spec"], lock["digest"], lock["runs"]
+        shapes: list[tuple[Any, Any]] = [(lock[key], kind) for key, kind in SHAPE.items()]
+        shapes += [(lock["spec"]["data"], dict), (lock.get("overrides", []), list)]
+        shapes += [(lock.get(key), (str, NoneType)) for key in ("toml", "data", "cwd")]
+        if not all(isinstance(value, kind) for value, kind in shapes):
+            raise TypeError
     except FileNotFoundError:
         raise InputError(f"{out}: not a study folder (no {LOCK}); run `isofusion study run` or `study lock`") from None
     except (ValueError, KeyError, TypeError):
