@@ -93,6 +93,15 @@ def test_a_library_is_compiled_once_and_again_for_another_processor(
     assert len(made) == 2
 
 
+@needs_native
+def test_a_library_that_a_power_cut_left_empty_is_compiled_again(tmp_path: Path) -> None:
+    path = kernel_build.build(tmp_path)
+    whole = path.stat().st_size
+    path.write_bytes(b"")
+    assert native.load(tmp_path)
+    assert path.stat().st_size == whole
+
+
 @pytest.mark.parametrize(
     ("asked", "path", "said"),
     [

@@ -54,10 +54,15 @@ F32_ONLY = ("adamw",)
 
 def load(folder: Path) -> ctypes.CDLL:
     """The kernels, built where needed. Raises Unavailable."""
+    path = build(folder)
     try:
-        kernels = ctypes.CDLL(str(build(folder)))
-    except OSError as error:
-        raise Unavailable(f"{folder}: {error}") from None
+        kernels = ctypes.CDLL(str(path))
+    except OSError:  # empty or cut short: what a power cut leaves of a file
+        try:
+            path.unlink(missing_ok=True)
+            kernels = ctypes.CDLL(str(build(folder)))
+        except OSError as error:
+            raise Unavailable(f"{folder}: {error}") from None
     for name, arguments in SIGNATURES.items():
         if name in PRODUCTS and not hasattr(kernels, "has_products"):
             continue
