@@ -180,7 +180,7 @@ def rms_norm_backward(
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`: bf16 [T, in], float32 [out, in], rounded to bf16 on the way -> bf16 [T, out]. in is even."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    _product("product_transposed", x, weight.unsqueeze(0), out, _whole(x))
+    _product("product_transposed", x, weight.unsqueeze(0), out, _whole(x.shape[0]))
     return out
 
 
@@ -193,7 +193,7 @@ def linear_plus(x: Tensor, weight: Tensor, plus: Tensor) -> Tensor:
     plus = plus.contiguous()
     out = torch.empty(plus.shape, dtype=torch.float32)
     _call(
-        "product_transposed_plus", x.dtype, x.contiguous(), weight.contiguous(), _whole(x), plus, out, 1, *weight.shape
+        "product_transposed_plus", x.dtype, x.contiguous(), weight.contiguous(), _whole(x.shape[0]), plus, out, 1, *weight.shape
     )
     return out
 
@@ -207,13 +207,15 @@ def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool) -> tupl
     grad, x = grad.contiguous(), x.contiguous()
     to_x, to_weight = torch.empty_like(x) if of_x else x.new_empty(0), torch.empty(weight.shape, dtype=torch.float32)
     if of_x:
-        _product("product", grad, weight.unsqueeze(0), to_x, _whole(x))
-    _call("product_of_rows", x.dtype, grad, x, _whole(x), to_weight, 1, *weight.shape)
+        _product("product", grad, weight.unsqueeze(0), to_x, _whole(x.shape[0]))
+    _call("product_of_rows", x.dtype, grad, x, _whole(x.shape[0]), to_weight, 1, *weight.shape)
     return to_x, to_weight
 
 
-def _whole(x: Tensor) -> Tensor:
-    return torch.tensor([0, x.shape[0]], device=x.device)
+@lru_cache(maxsize=256)
+def _whole(rows: int) -> Tensor:
+    """The edges of one group of rows; made once, for a step asks dozens of times."""
+    return torch.tensor([0, rows])
 
 
 def _product(name: str, x: Tensor, weight: Tensor, out: Tensor, edges: Tensor) -> None:
