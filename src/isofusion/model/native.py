@@ -192,9 +192,8 @@ def linear_plus(x: Tensor, weight: Tensor, plus: Tensor) -> Tensor:
     """`plus + x @ weight.T`, float32 [T, out]: as `linear`, but not rounded to bf16 before it is added."""
     plus = plus.contiguous()
     out = torch.empty(plus.shape, dtype=torch.float32)
-    _call(
-        "product_transposed_plus", x.dtype, x.contiguous(), weight.contiguous(), _whole(x.shape[0]), plus, out, 1, *weight.shape
-    )
+    inputs = (x.contiguous(), weight.contiguous(), _whole(x.shape[0]), plus)
+    _call("product_transposed_plus", x.dtype, *inputs, out, 1, *weight.shape)
     return out
 
 
