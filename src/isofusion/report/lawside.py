@@ -22,6 +22,7 @@ from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import Cost, envelope, exponents, regress_allocation
 from isofusion.laws.holdout import hold_out, largest_size, leave_one_size_out
+from isofusion.laws.interval import interval
 from isofusion.laws.table import Runs
 from isofusion.report.evidence import LEVEL, t_interval, verdict
 
@@ -165,7 +166,7 @@ def frontier(laws: ArmLaws, domains: list[str], grid_G: Array) -> dict[str, Any]
     """Compute-optimal loss, N, D and D/N over a grid of compute, with intervals; None unless every domain has a law.
 
     `n`, `d`, `ratio` and `loss_free` are the free optimum; `loss` keeps N inside the trained sizes, as comparisons of
-    arms must, so that no arm wins by a size nobody trained.
+    arms must, so that no arm wins by a size nobody trained. An end that the draws do not tell is None (interval.py).
     """
     if any(domain not in laws.fits for domain in domains):
         return None
@@ -176,7 +177,7 @@ def frontier(laws: ArmLaws, domains: list[str], grid_G: Array) -> dict[str, Any]
     free_K = np.geomspace(low_n / 100, high_n * 300, SEARCH)
     inside_K = np.geomspace(low_n, high_n, 80)
     names = ("loss", "loss_free", "n", "d", "ratio")
-    table: dict[str, list[float]] = {f"{name}{end}": [] for name in names for end in ("", "_lo", "_hi")}
+    table: dict[str, list[float | None]] = {f"{name}{end}": [] for name in names for end in ("", "_lo", "_hi")}
     inside_SG, free_SG, edge = [], [], []
     for c in grid_G:
         values: dict[str, tuple[Array, Array]] = {}
@@ -188,13 +189,15 @@ def frontier(laws: ArmLaws, domains: list[str], grid_G: Array) -> dict[str, Any]
         inside_SG.append(values["loss"][1])
         free_SG.append(values["loss_free"][1])
         edge.append(bool(best[2][0]))
-        values["n"] = best[1], draws[1]
-        values["d"] = laws.cost.tokens(c, best[1]), laws.cost.tokens(c, draws[1])
-        values["ratio"] = values["d"][0] / values["n"][0], values["d"][1] / values["n"][1]
+        n, d = best[1], laws.cost.tokens(c, best[1])
+        n_S, d_S = draws[1], laws.cost.tokens(c, draws[1])
+        away = np.where(draws[2] == 0, 0.0, np.copysign(np.inf, draws[2]))  # of a draw without optimum only the side
+        values |= {"n": (n, n_S + away), "d": (d, d_S - away), "ratio": (d / n, d_S / n_S - away)}
         for name, (one, many) in values.items():
-            low, high = _quantiles(many)
-            for key, value in ((name, float(one[0])), (f"{name}_lo", low), (f"{name}_hi", high)):
-                table[key].append(value)
+            low, high = interval(many, LEVEL)
+            table[name].append(float(one[0]))
+            table[f"{name}_lo"].append(float(low) if np.isfinite(low) else None)
+            table[f"{name}_hi"].append(float(high) if np.isfinite(high) else None)
     out: dict[str, Any] = {"c": grid_G.tolist(), "level": LEVEL, **table}
     slack = 1.05
     out["extrapolated"] = [
@@ -208,8 +211,8 @@ def frontier(laws: ArmLaws, domains: list[str], grid_G: Array) -> dict[str, Any]
     return out
 
 
-def _optimum(loss_SK: Array, n_K: Array) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
-    """(lowest loss, its N, whether it sits at the end of the grid), refined by a parabola in log N."""
+def _optimum(loss_SK: Array, n_K: Array) -> tuple[Array, Array, npt.NDArray[np.int64]]:
+    """(lowest loss, its N, at which end of the grid it sits: -1, 1, or 0), refined by a parabola in log N."""
     at = loss_SK.argmin(axis=1)
     inner = np.clip(at, 1, len(n_K) - 2)
     rows = np.arange(len(loss_SK))
@@ -219,13 +222,7 @@ def _optimum(loss_SK: Array, n_K: Array) -> tuple[Array, Array, npt.NDArray[np.b
     shift = np.where(at == inner, np.clip(shift, -1, 1), 0.0)
     step = float(np.log(n_K[1] / n_K[0]))
     loss = np.where(at == inner, mid - 0.25 * (left - right) * shift, loss_SK[rows, at])
-    return loss, np.exp(np.log(n_K[at]) + shift * step), at != inner
-
-
-def _quantiles(values: Array) -> tuple[float, float]:
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    return loss, np.exp(np.log(n_K[at]) + shift * step), np.sign(at - inner)
 
 
 def regression(front: dict[str, Any], c_max: float) -> dict[str, float] | None:
