@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import pytest
 from isofusion.errors import InputError
 from isofusion.report import advice, evidence, render, tables_evidence, text, words
 from isofusion.report.analysis import analyse
-from isofusion.report.figures import NAMES
+from isofusion.report.figures import NAMES, compute_optimal
+from isofusion.report.lawside import fit_arm, frontier
 from isofusion.report.page import DRAW, build_report
 from isofusion.report.page import page as compose
 from isofusion.report.style import NARROW, WIDE, arm_styles, log_ticks, themed
@@ -236,6 +238,32 @@ def test_a_failed_fit_becomes_a_warning(planted: Any, tmp_path: Path) -> None:
     assert a["warnings"][0]["code"] == "no-fit"
     assert a["answer"]["without_law"] == ["late"]
     assert "No law, and so no rank, for late" in page
+
+
+@pytest.mark.parametrize(("gone", "low"), [("A", True), ("B", False)])
+def test_of_draws_without_optimum_only_the_side_is_known(planted: Any, built: Any, gone: str, low: bool) -> None:
+    """A tenth of the draws has the best size below (above) all that are tried: the end of the grid had been quoted."""
+    laws = fit_arm(planted[1], "early", ["caption"], "exact")
+    drawn = laws.intervals["caption"]
+    lost = np.where(np.arange(len(drawn.draws)) % 10, getattr(drawn.draws, gone), 1e-12)
+    drawn = replace(drawn, draws=replace(drawn.draws, **{gone: lost}))
+    laws = replace(laws, intervals={"caption": drawn})
+    front = frontier(laws, ["caption"], np.geomspace(laws.runs["caption"].c.min(), laws.runs["caption"].c.max(), 5))
+    assert front is not None
+    known, unknown = ("hi", "lo") if low else ("lo", "hi")
+    assert front[f"n_{unknown}"] == front[f"d_{known}"] == front[f"ratio_{known}"] == [None] * 5
+    assert None not in front[f"n_{known}"] + front[f"d_{unknown}"] + front["loss_lo"] + front["loss_hi"]
+    a = copy.deepcopy(built[1])
+    early = a["frontier"]["early"]["mean"]
+    early |= {key: [front[key][0]] * len(early["c"]) for key in ("n_lo", "n_hi")}
+    drawing = compute_optimal(a, WIDE)
+    assert drawing is not None
+    assert '"lo": null' not in json.dumps(drawing.to_dict())
+    assert '"hi": null' not in json.dumps(drawing.to_dict())
+    assert "Where a band runs off the axes" in text.compute_optimal(a)
+    assert "Where a band runs off the axes" not in text.compute_optimal(built[1])
+    side = "at most" if low else "at least"
+    assert words.interval((front["n_lo"][0], front["n_hi"][0]), how=words.si).startswith(f"[{side} ")
 
 
 def test_a_floor_that_few_trunks_cannot_show_has_no_interval(planted: Any, tmp_path: Path) -> None:

@@ -271,7 +271,10 @@ def compute_optimal(a: Analysis, layout: Layout) -> Chart | None:
                 continue
             piece = 0
             for i, c in enumerate(f["c"]):
-                low, high = f[f"{field}_lo"][i], f[f"{field}_hi"][i]
+                low, high = (
+                    f[field][i] * by if f[f"{field}_{end}"][i] is None else f[f"{field}_{end}"][i]
+                    for end, by in (("lo", 1 / style.OFF), ("hi", style.OFF))
+                )
                 row = {"arm": arm, "c": c, "v": f[field][i], "lo": low, "hi": high}
                 beyond = f["extrapolated"]
                 if i and beyond[i] != beyond[i - 1]:  # close the piece here, so that the line has no gap

@@ -46,7 +46,6 @@ from isofusion.report.words import power, si
 
 CURVES = 8  # law curves drawn at most: one per size would hide the points
 BUDGETS = 9
-OFF = 1e6  # times the best: an end of a band that is not known lies off the axes
 
 
 def loss_against_compute(a: Analysis, layout: Layout) -> Chart | None:
@@ -104,7 +103,7 @@ def _frontier(a: Analysis) -> list[dict[str, float]]:
     found = at_compute(a.intervals, c[keep], cost=a.cost)
     for name, key in (("", "loss"), ("n_", "n"), ("ratio_", "tokens_per_parameter")):
         best_c, low, high = found[key].value, found[key].low, found[key].high
-        low, high = (np.where(np.isfinite(end), end, best_c * by) for end, by in ((low, 1 / OFF), (high, OFF)))
+        low, high = (np.where(np.isfinite(end), end, best_c * by) for end, by in ((low, 1 / style.OFF), (high, style.OFF)))
         for i, row in enumerate(rows):
             row[f"{name}lo"], row[f"{name}hi"] = float(low[i]), float(high[i])
     return rows

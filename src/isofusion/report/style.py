@@ -20,6 +20,7 @@ GRID = "#e7e8ea"
 TEXT_COLOUR = "#7b8794"  # text tokens, where a figure separates modalities
 IMAGE_COLOUR = "#E69F00"  # image tokens
 ORACLE_COLOUR = "#000000"
+OFF = 1e6  # times the best: an end of a band that is not known lies off the axes
 
 _KNOWN = {"early": 0, "late": 1, "early-moe": 2, "early-moe-routed": 3, "late-moe": 4}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#333333")

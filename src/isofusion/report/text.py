@@ -160,6 +160,9 @@ def compute_optimal(a: Analysis) -> str:
             f" At {power(a['answer']['ref']['c'])} FLOPs {r['arm']} wants {r['ratio']:.3g} "
             f"{interval(r['ratio_interval'], how=lambda v: f'{v:.3g}')} tokens per parameter."
         )
+    fronts = [by_domain.get(mean_key(a)) or {} for by_domain in a["frontier"].values()]
+    if any(None in front.get(f"{k}_{end}", []) for front in fronts for k in ("n", "d") for end in ("lo", "hi")):
+        text += " Where a band runs off the axes, that end is not known."
     return text
 
 
