@@ -6,6 +6,7 @@ import re
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.noise import estimate_noise, interval_warnings, shared_luck, tangent
 from isofusion.laws.profile import profile
 from isofusion.laws.table import Runs
+from isofusion.laws.tables.readers import read_runs
 
 
 @pytest.mark.parametrize("seeds", [(1,) * 6, (3, 1, 2, 1, 1, 4)])
@@ -114,6 +116,19 @@ def test_luck_shared_by_the_runs_of_a_size_is_told_where_no_trunk_is_named() -> 
     assert shared_luck(next(studies(Design(6, 2), 1, seed=4))) is None  # trunks are named
 
 
+def test_shared_luck_says_how_much_too_narrow_an_interval_is() -> None:
+    """Which is what a user decides by."""
+    for design in (Design(12), Design(8, 1, 8, trunk=0.002)):
+        named = next(studies(design, 1, seed=4))
+        told = shared_luck(without_groups(named))
+        assert told is not None
+        factor = float(re.search(r"that of alpha may be some ([\d.]+) times too narrow", told.message)[1])  # type: ignore[index]
+        (low, high), (own_low, own_high) = (
+            bootstrap(fit, 400).interval("alpha") for fit in (named, without_groups(named))
+        )
+        assert (high - low) / (own_high - own_low) == pytest.approx(factor, rel=0.25)
+
+
 @pytest.mark.parametrize(
     "design",
     [
@@ -140,3 +155,19 @@ def test_ten_thousand_runs_take_little_memory(simulate: Callable[..., Runs]) -> 
         tracemalloc.stop()
         assert peak < 2e7
         assert found.total == pytest.approx(0.003, rel=0.03)
+
+
+def test_what_shared_luck_advises_mends_the_interval(tmp_path: Path) -> None:
+    """Sizes read off a figure differ by their reading: grouped by N to the digit nothing shared anything."""
+    named = next(studies(Design(12), 1, seed=4))
+    n = named.runs.n * np.exp(1e-3 * np.random.default_rng(0).standard_normal(len(named.runs)))
+    rows = zip(n, named.runs.d, named.runs.loss, strict=True)
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(["params,tokens,loss", *(f"{a:.8g},{b:.8g},{c:.8g}" for a, b, c in rows)]) + "\n")
+    runs, notes = read_runs(path, columns={"group": "params"})
+    fit = fit_law(runs)
+    assert len(np.unique(fit.runs.group)) == 12
+    assert shared_luck(fit) is None
+    assert any("column 'params' is N: runs of one size (12) share their luck" in note for note in notes)
+    (low, high), (own_low, own_high) = (bootstrap(each, 400).interval("alpha") for each in (named, fit))
+    assert (high - low) / (own_high - own_low) == pytest.approx(1.0, abs=0.1)

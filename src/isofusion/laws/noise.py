@@ -30,7 +30,7 @@ from isofusion.laws.fit import LEAST, LawFit, spared
 from isofusion.laws.objective import Problem, jacobian
 from isofusion.laws.refit import without
 from isofusion.laws.residuals import EXACT, pull_warning
-from isofusion.laws.table import Array, Runs, clusters
+from isofusion.laws.table import Array, Labels, Runs, clusters
 from isofusion.laws.warn import FitWarning, percent
 
 if TYPE_CHECKING:
@@ -211,13 +211,31 @@ def shared_luck(fit: LawFit) -> FitWarning | None:
     excess = noise.trunk**2 * noise.per_trunk * noise.freedom / max(noise.branch, EXACT) ** 2
     if not fdtrc(between, inside, 1.0 + excess / between) < SHARED:
         return None
+    name, wider = _wider(fit, noise, label)
     luck, own = percent(noise.trunk, noise.branch)
     return FitWarning(
         "shared-luck",
-        f"runs of one size deviate from the law together (by {luck} %, each on its own by {own} %): branches or "
-        "checkpoints of one training run, an N that is miscounted, or a law that bends with N. Intervals take them for "
-        "independent, and that of alpha may be far too narrow: --group names the column of the training run (or of N)",
+        f"runs of one size deviate from the law together (by {luck} %, each on its own by {own} %), while intervals "
+        f"take them for independent: that of {name} may be some {wider:.2g} times too narrow. If they are branches or "
+        "checkpoints of one training run, name its column with --group; else N is miscounted or the law bends with N: "
+        "--group with the column of N then gives intervals that allow for it",
     )
+
+
+def _wider(fit: LawFit, noise: Noise, label: Labels) -> tuple[str, float]:
+    """The parameter whose interval the luck that runs of one label share widens most, and how many times: linearly, odd
+    runs apart.
+    """
+    rows = np.delete(np.arange(len(fit.runs)), noise.odd)
+    problem = Problem.of(fit.runs, fit.form, fit.scale, fit.bounds)
+    weight = np.linalg.pinv(jacobian(fit.theta[None], problem)[0][fit.form.free].T[rows])  # of runs in parameters
+    member = np.unique(label[rows], return_inverse=True)[1]
+    alone = np.sum(weight**2, axis=1)
+    shared = np.array([np.sum(np.bincount(member, row) ** 2) for row in weight])
+    ratio = np.sqrt((noise.branch**2 + noise.trunk**2 * shared / alone) / noise.total**2)
+    found = {name: float(value) for name, value in zip(fit.names, ratio, strict=True) if name not in ("A", "B")}
+    name = max(found, key=lambda key: found[key])
+    return name, found[name]
 
 
 def interval_warnings(intervals: Intervals) -> tuple[FitWarning, ...]:

@@ -224,8 +224,7 @@ def suggest(
     most: at most so many runs. wanted: stop when the expected relative error of the target is this low. least: stop
     when 1 % of the budget would buy a smaller relative reduction of that error. noise: relative spread of equal runs,
     if known. The order of the done runs changes nothing; odd ones (residuals.py) count as not done, and `notes` says
-    so. Raises InputError for a budget below the cheapest candidate,
-    and settings out of range.
+    so. Raises InputError for a budget below the cheapest candidate, and settings out of range.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy {strategy!r}: choose {', '.join(STRATEGIES)}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from isofusion.errors import InputError
-from isofusion.laws.table import MAX_LISTED, ROW, Array, Runs
+from isofusion.laws.table import MAX_LISTED, ROW, SAME, Array, Runs, clusters
 from isofusion.laws.tables.cells import COUNTS, has, need, parse, resolve
 from isofusion.laws.tables.choose import pooled
 from isofusion.laws.tables.commas import settle_rows
@@ -204,6 +204,15 @@ def collect(
     whole = {column: texts for column, texts in arms.items() if len(texts) == len(numbers["n"])}
     if told := pooled(whole, np.asarray(numbers["n"])):
         notes.append(told)
+    if "group" in reading.names and reading.names["group"] == reading.names.get("n"):
+        # N read off a figure differs by its reading: runs of one size share their luck, not runs of one number
+        labels["group"] = [
+            f"size {k} {seed}" for k, seed in zip(clusters(np.asarray(numbers["n"])), labels["seed"], strict=True)
+        ]
+        notes.append(
+            f"column '{reading.names['n']}' is N: runs of one size{' and seed' if any(labels['seed']) else ''} "
+            f"({len(set(labels['group']))}) share their luck, a size being all N within {SAME - 1.0:.0%}"
+        )
     return _build(numbers, labels, where, notes)
 
 
