@@ -103,7 +103,9 @@ def _frontier(a: Analysis) -> list[dict[str, float]]:
     found = at_compute(a.intervals, c[keep], cost=a.cost)
     for name, key in (("", "loss"), ("n_", "n"), ("ratio_", "tokens_per_parameter")):
         best_c, low, high = found[key].value, found[key].low, found[key].high
-        low, high = (np.where(np.isfinite(end), end, best_c * by) for end, by in ((low, 1 / style.OFF), (high, style.OFF)))
+        low, high = (
+            np.where(np.isfinite(end), end, best_c * by) for end, by in ((low, 1 / style.OFF), (high, style.OFF))
+        )
         for i, row in enumerate(rows):
             row[f"{name}lo"], row[f"{name}hi"] = float(low[i]), float(high[i])
     return rows
