@@ -211,7 +211,7 @@ def collect(
         ]
         notes.append(
             f"column '{reading.names['n']}' is N: runs of one size{' and seed' if any(labels['seed']) else ''} "
-            f"({len(set(labels['group']))}) share their luck, a size being all N within {SAME - 1.0:.0%}"
+            f"({len(set(labels['group']))}) share their luck, a size being all N within {100 * (SAME - 1):.0f} %"
         )
     return _build(numbers, labels, where, notes)
 
