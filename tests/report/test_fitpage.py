@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from isofusion.laws.analysis import Analysis, analyse
+from isofusion.laws.profile import Profile
 from isofusion.laws.sensitivity import Sensitivity
 from isofusion.laws.table import Runs
-from isofusion.report import fitpage
+from isofusion.report import fitcaptions, fitpage, fittables
 from isofusion.report.fitfigures import FIGURES
 from isofusion.report.fittables import nats, short
 from isofusion.report.style import NARROW, WIDE
@@ -81,6 +83,14 @@ def test_captions_speak_of_these_runs(full: Analysis) -> None:
             continue  # the second table has no budgets to speak of
         assert re.search(r"\d", caption(full))
         assert caption(full) != caption(other), name
+
+
+def test_a_profile_without_one_end_says_the_other_as_every_interval_does(full: Analysis) -> None:
+    closed = full.profiles["alpha"]
+    assert isinstance(closed, Profile)
+    one = replace(full, profiles={**full.profiles, "alpha": replace(closed, high=None)})
+    assert f"[at least {short(closed.low)}]" in fittables.law(one)
+    assert f"[at least {short(closed.low)}]" in fitcaptions.profiles_caption(one)
 
 
 def test_a_thin_table_gets_a_page_that_says_what_is_missing(tmp_path: Path) -> None:

@@ -170,8 +170,7 @@ def profiles_caption(a: Analysis) -> str:
             continue
         how = si if name == "N*" else short
         shown = {"alpha": "α", "beta": "β"}.get(name, name)
-        ends = [how(v) if v is not None else "no end" for v in (p.low, p.high)]
-        parts.append(f"{shown} {how(p.estimate)} [{ends[0]}, {ends[1]}]")
+        parts.append(f"{shown} {how(p.estimate)} {interval((p.low, p.high), how=how)}")
         if p.low is None or p.high is None:
             flat.append(shown)
     text = (

@@ -42,7 +42,7 @@ def law(a: Analysis) -> str:
     rows = []
     for name, shown in (("E", "E, nats/token"), ("A", "A"), ("alpha", "α"), ("B", "B"), ("beta", "β")):
         p = a.profiles.get(name)
-        beside = _ends(p) if isinstance(p, Profile) else DASH
+        beside = interval((p.low, p.high), how=short) if isinstance(p, Profile) else DASH
         span = spans.get(name)
         told = "fixed" if name == "E" and law["fixed_e"] is not None else interval(span, how=short) if span else "none"
         rows.append([shown, short(law[name], 5), told, beside, DASH])
@@ -54,11 +54,6 @@ def law(a: Analysis) -> str:
         rows.append([name, fixed(split["closed_form"][key], 4), told, DASH, regression])
     head = ["", "value", "interval (bootstrap)", "interval (profile)", "regression as in the paper"]
     return "<h3>The law: L = E + A/N<sup>α</sup> + B/D<sup>β</sup></h3>" + table(head, rows)
-
-
-def _ends(p: Profile) -> str:
-    """A profile's interval; where an end is open, that it is."""
-    return f"[{', '.join('no end' if v is None else short(v) for v in (p.low, p.high))}]"
 
 
 def choices(a: Analysis) -> str:
