@@ -58,7 +58,9 @@ class _AttentionHalf(torch.autograd.Function):
         x_TD, norm_D, scale_T, normed_TD, qkv_weight, mixed_TD, out_weight, *attention = ctx.saved_tensors
         to_mixed, to_out_weight = native.linear_backward(grad_TD.to(LOW), mixed_TD, out_weight, True)
         to_qkv, to_gain_q, to_gain_k = native.attention_backward(to_mixed, *attention, ctx.eps)
+        del to_mixed  # not kept until the last line
         to_normed, to_qkv_weight = native.linear_backward(to_qkv, normed_TD, qkv_weight, True)
+        del to_qkv
         to_x, to_norm = native.rms_norm_backward(to_normed, x_TD, norm_D, scale_T, grad_TD)
         to_gain_q = to_gain_q * to_gain_q.shape[0] ** -0.5
         return to_x, to_norm, to_qkv_weight, to_gain_q, to_gain_k, to_out_weight, None, None, None, None
@@ -95,7 +97,9 @@ class _FeedForwardHalf(torch.autograd.Function):
         x_TD, norm_D, scale_T, normed_TD, up_weight, gate_up_TF, hidden_TF, down_weight = ctx.saved_tensors
         to_hidden, to_down = native.linear_backward(grad_TD.to(LOW), hidden_TF, down_weight, True)
         to_gate_up = native.swiglu_backward(to_hidden, gate_up_TF)
+        del to_hidden  # as large as anything of a block: not kept until the last line
         to_normed, to_up = native.linear_backward(to_gate_up, normed_TD, up_weight, True)
+        del to_gate_up
         to_x, to_norm = native.rms_norm_backward(to_normed, x_TD, norm_D, scale_T, grad_TD)
         return to_x, to_norm, to_up, to_down, None
 
