@@ -5,7 +5,7 @@ section 2.3: causal for text, bidirectional for image tokens). Padding sees itse
 
 - `dense`: explicit float32 softmax over rows; the reference the others are tested against.
 - `native`: document by document in C++ (`native.py`), on CPUs: what the predicate lets a slot see is a stretch of its
-  document from the first slot on, so nothing is masked, padded or moved. Float32 inside.
+  document from the first slot on, so nothing is masked, padded or moved. Scores, softmax and sums are float32.
 - `sdpa`: documents of similar length are stacked into [documents, length] blocks, each one call of PyTorch's SDPA. On
   CPUs without a C++ compiler. Attention costs what the documents cost, not what the rows cost.
 - `flex`: FlexAttention with a block mask over rows; GPU only (it has no CPU backward).

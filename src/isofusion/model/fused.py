@@ -262,7 +262,8 @@ def document_attention(
 ) -> Tensor:
     """QK-norm, RoPE and attention of a fused projection [T, 3D] -> [T, D], by native.py alone; see `native.attention`.
 
-    Scores, softmax and sums are float32 whatever the precision of the projection; nothing but it is kept.
+    Scores, softmax and sums are float32 whatever the precision of the projection; of a bf16 one the weights and their
+    gradients may be rounded to bf16 before they are multiplied. Nothing but the logsumexp is kept beside it.
     """
     return _DocumentAttention.apply(qkv, gain_q * gain_q.shape[0] ** -0.5, gain_k, phase, edges, last, eps)
 

@@ -20,11 +20,13 @@ inline void seen_by(const int32_t* last, long from, long i, long L, long* seen) 
 }
 
 // Attention with QK-norm and RoPE over documents [edges[n], edges[n + 1]), which fill the slots: slot t sees those of its
-// document up to last[t]. qkv [T, 3, H, K] -> out [T, H, K] and logsumexp [T, H]. `phase`: K / 2 pairs of cosine and
-// sine a slot, `stride` numbers apart. Each head of each document is one thread's: no result depends on their number.
+// document up to last[t], itself among them and none past the document. qkv [T, 3, H, K] -> out [T, H, K] and logsumexp
+// [T, H]. `phase`: K / 2 pairs of cosine and sine a slot, `stride` numbers apart. Each head of each document is one
+// thread's: no result depends on their number.
 template <long N, class Values, class Q>
 void attention_of(const Q* qkv, const float* gain_q, const float* gain_k, const float* phase, const int64_t* edges,
-               const int32_t* last, Q* out, float* logsumexp, long documents, long H, long size, long stride, float eps, int threads) {
+                  const int32_t* last, Q* out, float* logsumexp, long documents, long H, long size, long stride, float eps,
+                  int threads) {
     const long K = N ? N : size;
 #pragma omp parallel num_threads(useful((edges[documents] - edges[0]) * H * K, threads))
     {
@@ -54,8 +56,8 @@ void attention_of(const Q* qkv, const float* gain_q, const float* gain_k, const 
 // The gradient of `attention`, with the weights computed again: to [T, 3, H, K], and of both gains.
 template <long N, class Values, class Q>
 void attention_back(const Q* grad, const Q* qkv, const float* gain_q, const float* gain_k, const float* phase,
-                        const int64_t* edges, const int32_t* last, const float* logsumexp, Q* to, float* to_gain_q,
-                        float* to_gain_k, long documents, long H, long size, long stride, float eps, int threads) {
+                    const int64_t* edges, const int32_t* last, const float* logsumexp, Q* to, float* to_gain_q,
+                    float* to_gain_k, long documents, long H, long size, long stride, float eps, int threads) {
     const long K = N ? N : size;
     std::vector<float> sums(documents * H * 2 * K, 0.0f);  // of the gains, by document and head
 #pragma omp parallel num_threads(useful((edges[documents] - edges[0]) * H * K, threads))
@@ -75,7 +77,7 @@ void attention_back(const Q* grad, const Q* qkv, const float* gain_q, const floa
             const auto back = [&](const float* of, long i, int part, const float* gain) {
                 const long row = (((from + i) * 3 + part) * H + h) * K;
                 turn_back<N>(of, qkv + row, gain, phase + (from + i) * stride, to + row, gains + part * K, space.data(),
-                          space.data() + up(K), K, eps);
+                             space.data() + up(K), K, eps);
             };
             for (long i = 0; i < L; i += BLOCK) {
                 const long keys = keys_of(last, from, i, L);

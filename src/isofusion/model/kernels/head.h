@@ -82,8 +82,8 @@ APART void softmax_back(float* s, float* of, long line, const long* seen, long e
     }
 }
 
-// One head of one document: q and k in float32, normalised and turned, and k turned over. Rows are filled up to whole
-// vectors, and their number by BLOCK, with zeros.
+// One head of one document: q and k in float32, normalised and turned, and k turned over. Rows are filled up with zeros to
+// whole vectors, and followed by rows of zeros, for the last BLOCK and the last vector of keys.
 struct Head {
     long L, K, line, width;
     Numbers q, k, k_over, space;

@@ -1,10 +1,11 @@
 // What a training step on a CPU spends its time on: attention, norms, SwiGLU, routing, the head's loss, the optimizer, each in
-// one pass over memory, and on processors with avx512_bf16 the matrix products. Formulas as in fused.py, experts.py and head_loss.py,
-// which run where no C++ compiler is found.
+// one pass over memory, and on processors with avx512_bf16 the matrix products. Formulas as in fused.py, experts.py and
+// head_loss.py, which run where no C++ compiler is found.
 //
-// Compiled at first use by kernel_build.py, called by native.py. Work is shared among threads in fixed pieces, and sums over slots are added up in the
-// order of the pieces, so results depend on the number of threads and on nothing else; attention, products and the
-// gradient norm not even on that. bf16 is rounded to nearest even. Everything but the products is float32.
+// Compiled at first use by kernel_build.py, called by native.py. Work is shared among threads in fixed pieces, and sums over
+// slots are added up in the order of the pieces, so results depend on the number of threads and on nothing else; attention,
+// products and the gradient norm not even on that. bf16 is rounded to nearest even. Everything is float32 but the factors of
+// products, of those with attention's weights too.
 //
 // T slots, D width, F feed-forward hidden, H heads, K head_dim, E experts, V vocabulary
 

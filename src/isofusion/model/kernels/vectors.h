@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include "numbers.h"
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -14,7 +15,8 @@ namespace {
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
 
-// exp of what is not above 0 (NaN stays NaN), as exp_as, but down to the smallest numbers of float32.
+// exp of what is not above 0 by more than a rounding (NaN stays NaN), as exp_as; with AVX-512 down to the smallest numbers
+// of float32.
 WITHIN vec exp_of_negative(vec x) {
 #if defined(VECTORS512)
     const __m512 z = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // of a NaN and a number the second
@@ -75,7 +77,7 @@ class Numbers {
     }
     void zeros(long n) {
         resize(n);
-        std::memset(data(), 0, 4 * size_t(n));
+        std::fill_n(data(), n, 0.0f);
     }
 
    private:
