@@ -7,6 +7,9 @@
 // products and the gradient norm not even on that. bf16 is rounded to nearest even. Everything is float32 but the factors of
 // products, of those with attention's weights too.
 //
+// attention.h walks over documents and heads: turn.h (QK-norm, RoPE) -> head.h (scores, softmax) -> values.h (what weights
+// are multiplied with, in float32, or in bf16 by the tiles of products.h). numbers.h and vectors.h are what all stand on.
+//
 // T slots, D width, F feed-forward hidden, H heads, K head_dim, E experts, V vocabulary
 
 #include "attention.h"

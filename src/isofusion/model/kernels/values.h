@@ -93,7 +93,7 @@ struct Single {
 #if defined(__AVX512BF16__)
 
 // The five of attention's seven products that weights or their gradients take part in, with these rounded to bf16 and
-// sums in float32: twice as fast. Scores stay float32 (attention.h): a large gain of QK-norm would magnify their rounding.
+// sums in float32: twice as fast. Scores stay float32 (head.h): a large gain of QK-norm would magnify their rounding.
 struct Paired {
     static constexpr long QUERIES = 4 * BLOCK;  // as many are summed up before the gradients of k and v are read again
     Numbers v, v_over, k, of_out, rows, p_pairs, s_pairs, q_pairs, out_pairs, of_q, of_k, of_v;
