@@ -105,7 +105,7 @@ def test_best_size_at_a_compute_and_a_far_target(capsys: pytest.CaptureFixture[s
 
 
 def test_emits_a_study_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Sizes near the wanted N, budgets near the wanted D; points that are no grid become several studies."""
+    """Sizes near the wanted N, each with budgets near the D wanted of it: points need be no grid."""
     out = tmp_path / "next.toml"
     grid = ["--n-grid", "75K,120K,250K", "--d-grid", "300K:3M:3"]
     goal = ["--target", "1M,10M", "--budget", "2e13", "--trunk"]
@@ -113,14 +113,16 @@ def test_emits_a_study_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[
     result = json.loads(capsys.readouterr().out)
     wanted = sorted((run["n"], run["d"]) for run in result["runs"])
     assert len(wanted) > 3
-    got = []
-    for path in result["written"]:
-        spec = StudySpec.from_toml(path)
-        assert [arm.name for arm in spec.arms] == ["late"]
-        from isofusion.study.emit import parameters
+    assert result["written"] == str(out)
+    spec = StudySpec.from_toml(out)
+    assert [arm.name for arm in spec.arms] == ["late"]
+    assert spec.data == StudySpec.from_toml(MINI).data
+    from isofusion.study.emit import parameters
 
-        got += [(parameters(size.model), budget) for size in spec.arms[0].sizes for budget in spec.budgets]
-        assert spec.data == StudySpec.from_toml(MINI).data
+    sizes = spec.arms[0].sizes
+    assert len({size.budgets for size in sizes}) > 1  # or a grid was asked for
+    assert len({size.train.warmup_steps for size in sizes}) == 1
+    got = [(parameters(size.model), budget) for size in sizes for budget in size.budgets]
     assert len(got) == len(wanted)
     for (n, d), (n_got, d_got) in zip(wanted, sorted(got), strict=True):
         assert n_got == pytest.approx(n, rel=0.15)

@@ -7,8 +7,17 @@ import pytest
 
 from isofusion.errors import InputError
 from isofusion.study.jobs import append, read_lines
-from isofusion.study.lock import LOCK, SESSIONS, check_lock, later_changes, locked_spec, record_session, write_lock
-from isofusion.study.spec import StudySpec
+from isofusion.study.lock import (
+    LOCK,
+    SESSIONS,
+    _digest,
+    check_lock,
+    later_changes,
+    locked_spec,
+    record_session,
+    write_lock,
+)
+from isofusion.study.spec import REMARKS, StudySpec
 
 
 def lock(out: Path, toml: Path) -> StudySpec:
@@ -44,6 +53,22 @@ def test_a_changed_study_is_refused_field_by_field(tmp_path: Path, toml: Path) -
 def test_words_may_change(tmp_path: Path, toml: Path) -> None:
     lock(tmp_path / "out", toml)
     check_lock(tmp_path / "out", StudySpec.from_toml(toml, overrides=["study.title=better words"]))
+
+
+def test_a_setting_younger_than_the_lock_is_no_change(tmp_path: Path, toml: Path) -> None:
+    """Locks of before sizes had budgets of their own."""
+    out = tmp_path / "out"
+    spec = lock(out, toml)
+    tree = json.loads((out / LOCK).read_text())
+    for arm in tree["spec"]["arms"]:
+        for size in arm["sizes"]:
+            assert size.pop("budgets") == []
+    tree["digest"] = _digest({key: value for key, value in tree["spec"].items() if key not in REMARKS})
+    (out / LOCK).write_text(json.dumps(tree))
+    check_lock(out, spec)
+    assert later_changes(out) == []
+    with pytest.raises(InputError, match=r"arms.early.sizes.s16.budgets: \[\] -> \[2560\]"):
+        check_lock(out, StudySpec.from_toml(toml, overrides=["arms.early.sizes.s16.budgets=[2560]"]))
 
 
 def test_later_changes_are_listed(tmp_path: Path, toml: Path) -> None:

@@ -37,6 +37,25 @@ def test_budgets_cost_trunk_once_and_cool_downs(toml: Path) -> None:
     assert slots == 0.8 * 204800 + 0.2 * sum(spec.budgets)
 
 
+OWN = ("s32 = { width = 32 }", 's32 = { width = 32, budgets = [2560, "7.68K"] }')
+
+
+def test_a_size_may_have_budgets_of_its_own(read) -> None:
+    """Everything about its runs follows them: branches, the trunk's end, extra seeds, corners of a sweep, warm-up."""
+    extra = ("seeds = [0]", 'seeds = [0]\nextra_seeds = [{ arm = "early", size = "s32", seeds = [1] }]')
+    runs = read(OWN, extra, ("\n[train]\n", TUNING)).runs()
+    ends = {name: [r.end_step for r in runs if r.name.startswith(name)] for name in ("early-s16-s0", "early-s32-s")}
+    assert ends["early-s16-s0"] == [16, 10, 20] * 3  # a sweep of two other rates
+    assert ends["early-s32-s"] == [24, 10, 30] * 4
+    none = ("budgets = [2560, 5120]\n", "")
+    lone = read(none, ("{ width = 16", "{ budgets = [5120], width = 16"), OWN)
+    assert [run.end_step for run in lone.runs() if run.kind == "branch"] == [20, 10, 30, 20]
+    with pytest.raises(InputError, match=r'arm "early", size "s16": no token budgets; give .study. budgets'):
+        read(none, OWN)
+    with pytest.raises(InputError, match=r'tuning.: budget 5120 is not one of the budgets .* size "s32"'):
+        read(OWN, ("\n[train]\n", TUNING.replace("\n[train]", "budgets = [5120]\n[train]")))
+
+
 def test_extra_seeds_repeat_one_corner(read) -> None:
     extra = ("seeds = [0]", 'seeds = [0]\nextra_seeds = [{ arm = "late", size = "s16", seeds = [1, 2] }]')
     names = [run.name for run in read(extra).runs()]
@@ -90,6 +109,9 @@ BAD = [
     (("[2560, 5120]", '["many"]'), ["not a token budget", "0.5M"]),
     (("[2560, 5120]", "[256, 5120]"), ["budget 256 is only 1 steps", "too short"]),
     (("[2560, 5120]", "[5120, 5121]"), ["round to the same step"]),
+    (("{ width = 32 }", "{ width = 32, budgets = [5120, 2560] }"), ['arm "early", size "s32"', "ascending"]),
+    (("{ width = 32 }", "{ width = 32, budgets = [256, 512] }"), ['size "s32"', "budget 256 is only 1 steps"]),
+    (("{ width = 32 }", "{ width = 32, budgets = 5120 }"), ['arm "early", size "s32"', "budgets"]),
     (("warmup_steps = 1", "warmup_steps = 2"), ["warmup_steps 2 is more than 10 %", "at most 1"]),
     (('name = "late"', 'name = "early"'), ['arm name "early" appears more than once']),
     (('name = "late"', 'name = "../late"'), ["is not a name"]),

@@ -97,7 +97,8 @@ def command(
     )
     if emit is not None and trunk and runs is not None:
         notes.append("a study trains its own trunks: it costs more than shown where a size has a trunk already")
-    written = _write(emit, template, table.arm, chosen) if emit is not None and template is not None else []
+    if emit is not None and template is not None:
+        _write(emit, template, table.arm, chosen)
     result = chosen.to_dict() | {"target": want if target_compute else "loss"}
     result["notes"] = [*notes, *chosen.notes]
     result["leave_out"] = (
@@ -108,7 +109,7 @@ def command(
             {"strategy": s.strategy, "after": s.after, "spent": s.spent, "runs": len(s.picks)} for s in others
         ]
     if emit is not None:
-        result["written"] = [str(path) for path in written]
+        result["written"] = str(emit)
     typer.echo(json.dumps(result, indent=2, allow_nan=False) if as_json else "\n".join(_lines(result)))
 
 
@@ -215,17 +216,14 @@ def _reach(goal: Target, pool: Candidates, runs: Runs | None) -> list[str]:
     return out
 
 
-def _write(emit: Path, template: Path, arm: str | None, chosen: Suggestion) -> list[Path]:
+def _write(emit: Path, template: Path, arm: str | None, chosen: Suggestion) -> None:
     from isofusion.errors import InputError
-    from isofusion.study.emit import emit as study_texts
+    from isofusion.study.emit import emit as study_text
 
     if not chosen.picks:
         raise InputError(f"--emit {emit}: no run is suggested ({chosen.stopped}), so there is no study to write")
-    texts = study_texts(template, [(p.n, p.d) for p in chosen.picks], arm=arm, name=emit.stem)
-    paths = [emit if i == 0 else emit.with_name(f"{emit.stem}-{i + 1}{emit.suffix}") for i in range(len(texts))]
-    for path, text in zip(paths, texts, strict=True):
-        path.write_text(text, encoding="utf-8")
-    return paths
+    text = study_text(template, [(p.n, p.d) for p in chosen.picks], arm=arm, name=emit.stem)
+    emit.write_text(text, encoding="utf-8")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -268,7 +266,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
             f"{_percent(other['after'])}"
         )
     out += [f"note: {note}" for note in result["notes"]]
-    out += [f"written: {path}" for path in result.get("written", [])]
+    out += [f"written: {result['written']}"] if "written" in result else []
     return out
 
 

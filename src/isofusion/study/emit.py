@@ -1,8 +1,7 @@
 """A study TOML for wanted (N, D): sizes whose widths give the wanted parameters, budgets that give the wanted tokens.
 
-Everything else (data, model, training) comes from a template study. A study trains every size at every budget, so
-points that are no full grid become several studies, one for each set of budgets. Every text is checked by the loader
-of studies before it is handed out. Units: N parameters (active ones for experts), D token slots.
+Everything else (data, model, training) comes from a template study. The text is checked by the loader of studies before
+it is handed out. Units: N parameters (active ones for experts), D token slots.
 """
 
 from __future__ import annotations
@@ -78,13 +77,13 @@ def _between(known: Sequence[tuple[int, SizeSpec]], n: float) -> float:
     return known[0][1].train.lr if n < known[0][0] else known[-1][1].train.lr
 
 
-def emit(template: Path, points: Points, *, arm: str | None = None, name: str | None = None) -> list[str]:
-    """TOML texts of studies that train these (N, D), one for each set of budgets; each loads without error.
+def emit(template: Path, points: Points, *, arm: str | None = None, name: str | None = None) -> str:
+    """TOML text of a study that trains these (N, D) and loads without error.
 
     arm: of the template (needed if it has several). Raises InputError naming what does not fit.
     """
     spec = StudySpec.from_toml(template)
-    tree = tomllib.loads(template.read_text(encoding="utf-8"))
+    tree = tomllib.loads(template.read_text(encoding="utf-8-sig"))
     if arm is None and len(spec.arms) > 1:
         raise InputError(
             f"{template}: {len(spec.arms)} arms ({', '.join(a.name for a in spec.arms)}); choose with --arm"
@@ -96,15 +95,9 @@ def emit(template: Path, points: Points, *, arm: str | None = None, name: str | 
         size = next((s for s in by_size if max(s, n) / min(s, n) < SAME), n)
         slots = spec.slots_per_step(chosen.sizes[0].train)
         by_size.setdefault(size, set()).add(max(1, round(d / slots)) * slots)
-    by_budgets: dict[tuple[int, ...], list[float]] = {}
-    for n, slot_counts in by_size.items():
-        by_budgets.setdefault(tuple(sorted(slot_counts)), []).append(n)
-    texts = []
-    for number, (budgets, sizes) in enumerate(by_budgets.items(), start=1):
-        label = (name or f"{spec.name}-next") + (f"-{number}" if len(by_budgets) > 1 else "")
-        texts.append(_text(spec, tree, entry, chosen, label, budgets, sizes, template.name))
-        _check(texts[-1], template)
-    return texts
+    text = _text(spec, tree, entry, chosen, name or f"{spec.name}-next", by_size, template.name)
+    _check(text, template)
+    return text
 
 
 def _text(
@@ -113,18 +106,17 @@ def _text(
     entry: Mapping[str, Any],
     arm: ArmSpec,
     name: str,
-    budgets: tuple[int, ...],
-    sizes: Sequence[float],
+    by_size: Mapping[float, set[int]],
     source: str,
 ) -> str:
-    shortest = round(budgets[0] / spec.slots_per_step(arm.sizes[0].train))
+    shortest = round(min(map(min, by_size.values())) / spec.slots_per_step(arm.sizes[0].train))
     warmup = min(max(size.train.warmup_steps for size in arm.sizes), int(WARMUP_SHARE * shortest))
     made = {}
-    for n in sizes:
+    for n, budgets in by_size.items():
         table, got = fit_size(arm, n)
-        made[f"n{got:.3g}".replace("+", "")] = {**table, "warmup_steps": warmup}
+        made[f"n{got:.3g}".replace("+", "")] = {**table, "warmup_steps": warmup, "budgets": sorted(budgets)}
     study = {"name": name, "title": f"Runs suggested from {source}", "seeds": list(spec.seeds[:1])}
-    study |= {"budgets": list(budgets), "holdout": "none", "compute": spec.compute}
+    study |= {"holdout": "none", "compute": spec.compute}
     lines = [
         "# Sizes and budgets chosen by `isofusion suggest`; data, model and training as in the template.",
         "",

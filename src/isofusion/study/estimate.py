@@ -157,7 +157,8 @@ def estimate(
             f"rows full, and no epochs"
         )
     slots = spec.slots_per_step(first)
-    off = [(b, spec.steps(b, first)[1] * slots) for b in spec.budgets if spec.steps(b, first)[1] * slots != b]
+    budgets = {budget for arm in spec.arms for size in arm.sizes for budget in spec.budgets_of(size)}
+    off = [(b, got) for b in sorted(budgets) if (got := spec.steps(b, first)[1] * slots) != b]
     if off:
         worst = max(abs(got / want - 1) for want, got in off)
         notes.append(f"budgets are rounded to whole steps of {slots:,} slots (by {100 * worst:.2g} % at most)")

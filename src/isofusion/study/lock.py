@@ -166,7 +166,7 @@ def _same_folder(one: Path, other: Path) -> bool:
 def check_lock(out: Path, spec: StudySpec) -> dict[str, Any]:
     """Return the lock if the study is still the locked one; else InputError that lists every changed field."""
     lock = read_lock(out)
-    if changed := differences(lock["spec"], spec.model_dump(mode="json")):
+    if changed := differences(_completed(lock["spec"]), spec.model_dump(mode="json")):
         words = spec.data.tokenizer
         if words == lock["spec"]["data"]["tokenizer"] and any(_unknown(spec, line) for line in changed):
             raise InputError(
@@ -191,6 +191,16 @@ def check_lock(out: Path, spec: StudySpec) -> dict[str, Any]:
             f"written by another version of isofusion; restore it, or start a new study with another --out"
         )
     return lock
+
+
+def _completed(spec: dict[str, Any]) -> dict[str, Any]:
+    """A locked study with the defaults of settings that are younger than its lock, where it can be read."""
+    from pydantic import ValidationError
+
+    try:
+        return StudySpec.stored(spec).model_dump(mode="json")
+    except ValidationError:
+        return spec
 
 
 def _unknown(spec: StudySpec, line: str) -> bool:
@@ -264,7 +274,7 @@ def later_changes(out: Path) -> list[str]:
             now = spelled_as_locked(lock, read).model_dump(mode="json")
             found += [
                 f"{toml} was edited after the lock (the results are of the locked study): {line}"
-                for line in differences(lock["spec"], now)
+                for line in differences(_completed(lock["spec"]), now)
                 if not (data and line.startswith("data.folder:"))  # given by --data, not by the file
                 and not _unknown(read, line)
             ]

@@ -55,11 +55,12 @@ Budget = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 
 
 class SizeSpec(Frozen):
-    """One size of an arm, fully resolved."""
+    """One size of an arm, fully resolved; without `budgets` of its own it has the study's."""
 
     name: Name
     model: ModelConfig
     train: TrainConfig
+    budgets: tuple[Budget, ...] = ()
 
 
 class ArmSpec(Frozen):
@@ -73,7 +74,7 @@ class ArmSpec(Frozen):
 
 
 class ExtraSeeds(Frozen):
-    """A corner repeated with further seeds: the noise floor. Without `budgets`, all of the study's."""
+    """A corner repeated with further seeds: the noise floor. Without `budgets`, all of its size's."""
 
     arm: str
     size: str
@@ -98,7 +99,7 @@ class StudySpec(Frozen):
     description: str = ""
     assumed: str = ""
     seeds: tuple[Seed, ...] = (0,)
-    budgets: tuple[Budget, ...]
+    budgets: tuple[Budget, ...] = ()
     holdout: Literal["largest-size", "none"] = "largest-size"
     compute: Literal["exact", "6nd"] = "exact"
     extra_seeds: tuple[ExtraSeeds, ...] = ()
@@ -169,24 +170,28 @@ class StudySpec(Frozen):
                 "or the like to at least one source of every domain"
             )
         distinct([arm.name for arm in self.arms], "arm")
-        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
-            raise InputError(f"[study]: budgets must be distinct and ascending, got {list(self.budgets)}")
+        _ascending(self.budgets, "[study]")
+        for arm in self.arms:
+            for size in arm.sizes:
+                _ascending(size.budgets, here := f'arm "{arm.name}", size "{size.name}"')
+                if not self.budgets_of(size):
+                    raise InputError(f"{here}: no token budgets; give [study] budgets, or this size budgets of its own")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise InputError(f"[study]: seeds must be distinct and not empty, got {list(self.seeds)}")
         for extra in self.extra_seeds:
-            choice(extra.size, [s.name for s in self.arm(extra.arm, "extra_seeds").sizes], "extra_seeds: size")
+            arm = self.arm(extra.arm, "extra_seeds")
+            choice(extra.size, [s.name for s in arm.sizes], "extra_seeds: size")
+            self._known_budgets(extra.budgets, arm, arm.size(extra.size), "extra_seeds")
             if again := set(extra.seeds) & set(self.seeds):
                 raise InputError(f"[study]: extra_seeds: seeds {sorted(again)} already run everywhere")
-        tuning = self.tuning
-        for budget in [b for e in self.extra_seeds for b in e.budgets] + list(tuning.budgets if tuning else ()):
-            if budget not in self.budgets:
-                raise InputError(f"budget {budget} is not one of the study's budgets {list(self.budgets)}")
-        if tuning:
-            for name in tuning.arms:
+        if self.tuning:
+            for name in self.tuning.arms:
                 self.arm(name, "[tuning]")
             sizes = sorted({size.name for arm in self.arms for size in arm.sizes})
-            for name in tuning.sizes:
+            for name in self.tuning.sizes:
                 choice(name, sizes, "[tuning]: size")
+            for arm, size in self._tuned():
+                self._known_budgets(self.tuning.budgets, arm, size, "[tuning]")
         runs = self.runs()
         names = [run.name for run in runs]
         distinct(names, "run")
@@ -195,6 +200,14 @@ class StudySpec(Frozen):
             choice(name, [run.name for run in branches], "[study]: exclude")
         if {run.name for run in branches if not run.variant} <= set(self.exclude):
             raise InputError("[study]: exclude leaves no run to fit a law to; keep some branches of the study in")
+
+    def _known_budgets(self, budgets: tuple[int, ...], arm: ArmSpec, size: SizeSpec, where: str) -> None:
+        for budget in budgets:
+            if budget not in (known := self.budgets_of(size)):
+                raise InputError(
+                    f"{where}: budget {budget} is not one of the budgets {list(known)} of arm "
+                    f'"{arm.name}", size "{size.name}"'
+                )
 
     def notes(self) -> list[str]:
         """What is allowed and may yet be an oversight."""
@@ -207,6 +220,10 @@ class StudySpec(Frozen):
     def arm(self, name: str, where: str = "arm") -> ArmSpec:
         choice(name, [arm.name for arm in self.arms], f"{where}: arm")
         return next(arm for arm in self.arms if arm.name == name)
+
+    def budgets_of(self, size: SizeSpec) -> tuple[int, ...]:
+        """Token slots, ascending."""
+        return size.budgets or self.budgets
 
     def slots_per_step(self, train: TrainConfig) -> int:
         return train.rows_per_step * self.data.row_len
@@ -222,32 +239,37 @@ class StudySpec(Frozen):
         for arm in self.arms:
             for size in arm.sizes:
                 for seed in self.seeds:
-                    out += self._trunk_and_branches(arm, size, seed, self.budgets)
+                    out += self._trunk_and_branches(arm, size, seed, self.budgets_of(size))
         for extra in self.extra_seeds:
             arm = self.arm(extra.arm)
+            size = arm.size(extra.size)
             for seed in extra.seeds:
-                out += self._trunk_and_branches(arm, arm.size(extra.size), seed, extra.budgets or self.budgets)
+                out += self._trunk_and_branches(arm, size, seed, extra.budgets or self.budgets_of(size))
         return out + self._tuning_runs()
+
+    def _tuned(self) -> list[tuple[ArmSpec, SizeSpec]]:
+        """The sizes of the learning-rate sweep."""
+        if self.tuning is None:
+            return []
+        arms = [arm for arm in self.arms if not self.tuning.arms or arm.name in self.tuning.arms]
+        return [
+            (arm, size)
+            for arm in arms
+            for size in arm.sizes
+            if size.name in (self.tuning.sizes or {arm.sizes[0].name, arm.sizes[-1].name})
+        ]
 
     def _tuning_runs(self) -> list[RunConfig]:
         out: list[RunConfig] = []
-        if self.tuning is None:
-            return out
-        budgets = tuple(sorted(self.tuning.budgets)) or tuple(sorted({self.budgets[0], self.budgets[-1]}))
-        for arm in self.arms:
-            if self.tuning.arms and arm.name not in self.tuning.arms:
-                continue
-            ends = {arm.sizes[0].name, arm.sizes[-1].name}
-            for size in arm.sizes:
-                if size.name not in (self.tuning.sizes or ends):
+        for arm, size in self._tuned():
+            assert self.tuning is not None
+            known = self.budgets_of(size)
+            budgets = self.tuning.budgets or tuple(sorted({known[0], known[-1]}))
+            for factor in self.tuning.lr_multipliers:
+                if factor == 1:  # the study's own runs are that point of the sweep
                     continue
-                for factor in self.tuning.lr_multipliers:
-                    if factor == 1:  # the study's own runs are that point of the sweep
-                        continue
-                    tuned = size.model_copy(
-                        update={"train": size.train.model_copy(update={"lr": size.train.lr * factor})}
-                    )
-                    out += self._trunk_and_branches(arm, tuned, self.seeds[0], budgets, f"lr{factor:g}x")
+                tuned = size.model_copy(update={"train": size.train.model_copy(update={"lr": size.train.lr * factor})})
+                out += self._trunk_and_branches(arm, tuned, self.seeds[0], budgets, f"lr{factor:g}x")
         return out
 
     def _trunk_and_branches(
@@ -263,11 +285,12 @@ class StudySpec(Frozen):
                 )
         if len({end for _, _, end in points}) != len(points) or len({fork for _, fork, _ in points}) != len(points):
             raise InputError(f"{where}: budgets {list(budgets)} round to the same step ({slots} slots a step)")
-        shortest = round(self.budgets[0] / slots)
+        smallest = self.budgets_of(size)[0]
+        shortest = round(smallest / slots)
         if train.warmup_steps > WARMUP_SHARE * shortest:
             raise InputError(
                 f"{where}: warmup_steps {train.warmup_steps} is more than 10 % of the smallest budget "
-                f"({self.budgets[0]} slots = {shortest} steps); use at most {int(WARMUP_SHARE * shortest)}"
+                f"({smallest} slots = {shortest} steps); use at most {int(WARMUP_SHARE * shortest)}"
             )
         common: dict[str, Any] = {  # all of it checked with the study
             "study": self.name,
@@ -288,6 +311,11 @@ class StudySpec(Frozen):
             )
             for goal, fork, end in points
         ]
+
+
+def _ascending(budgets: tuple[int, ...], where: str) -> None:
+    if list(budgets) != sorted(set(budgets)):
+        raise InputError(f"{where}: budgets must be distinct and ascending, got {list(budgets)}")
 
 
 def parameters_hint(model: ModelConfig) -> int:
@@ -347,12 +375,13 @@ def _arm(arm: dict[str, Any], position: int, model: dict[str, Any], train: dict[
         here = f'{where}, size "{name}"'
         if not isinstance(entry, dict):
             raise InputError(f"{here}: must be a table such as {{ width = 16 }}, got {entry!r}")
-        known_keys(entry, [*ModelConfig.model_fields, *SIZE_TRAIN_KEYS], here)
+        known_keys(entry, [*ModelConfig.model_fields, *SIZE_TRAIN_KEYS, "budgets"], here)
         own = {key: value for key, value in entry.items() if key in SIZE_TRAIN_KEYS}
-        rest = {key: value for key, value in entry.items() if key not in SIZE_TRAIN_KEYS}
+        rest = {key: value for key, value in entry.items() if key not in (*SIZE_TRAIN_KEYS, "budgets")}
         resolved = make(TrainConfig, {**train, **arm_train, **own}, here)
         if resolved.cooldown_share >= 1:
             raise InputError(f"{here}: cooldown_share must be below 1, a branch needs a trunk to fork from")
         config = make(ModelConfig, {**common, **rest}, here)
-        sizes.append(make(SizeSpec, {"name": name, "model": config, "train": resolved}, here))
+        budgets = entry.get("budgets", ())
+        sizes.append(make(SizeSpec, {"name": name, "model": config, "train": resolved, "budgets": budgets}, here))
     return make(ArmSpec, {"name": arm["name"], "sizes": sizes}, where)
