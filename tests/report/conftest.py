@@ -14,7 +14,7 @@ import pytest
 DOMAINS = ("caption", "interleaved", "text")
 ORACLE = {"caption": 0.62, "interleaved": 0.75, "text": 1.55}
 CHANCE = math.log(512)
-WIDTHS = (16, 24, 36, 56)
+WIDTHS = (16, 30, 51, 82)  # the longest run of each costs what the next shorter one of the next width does
 STEPS = (100, 210, 440, 900)
 TOKENS_PER_STEP = 3_600
 LAWS = {  # arm -> factor on A, on B; E = oracle + 0.03

@@ -115,7 +115,7 @@ class IsoFlops:
 
 
 @dataclass(frozen=True)
-class _Budget:
+class Budget:
     """Rows of one budget: each run's log N, x log N of each distinct size, and which size a run belongs to."""
 
     c: float
@@ -137,22 +137,22 @@ class _Budget:
         return interpolated("akima" if method == "akima" else "pchip", self.x, self.mean(loss))
 
 
-def budgets_of(runs: Runs, same: float = SAME_BUDGET, least: int = LEAST) -> tuple[list[_Budget], list[str]]:
-    """Group runs by compute; (budgets with at least `least` sizes, sentences on those without)."""
+def budgets_of(c_m: Array, n_m: Array, same: float = SAME_BUDGET, least: int = LEAST) -> tuple[list[Budget], list[str]]:
+    """Group runs of compute c and size n; (budgets with at least `least` sizes, sentences on those without)."""
     if same <= 1:
         raise InputError(f"same = {same}: give a factor above 1 within which compute counts as one budget")
-    cluster = clusters(runs.c, same)
+    cluster = clusters(c_m, same)
     out, skipped = [], []
     for k in range(int(cluster.max()) + 1):
         rows = np.flatnonzero(cluster == k)
-        c = float(np.exp(np.log(runs.c[rows]).mean()))
-        member = clusters(runs.n[rows])
+        c = float(np.exp(np.log(c_m[rows]).mean()))
+        member = clusters(n_m[rows])
         sizes = int(member.max()) + 1
         if sizes < least:
             skipped.append(f"{c:.3g} FLOPs: {sizes} size{'s' * (sizes != 1)}, {least} are needed")
             continue
-        x = np.array([np.log(runs.n[rows[member == s]]).mean() for s in range(sizes)])
-        out.append(_Budget(c, rows, np.log(runs.n[rows]), x, member))
+        x = np.array([np.log(n_m[rows[member == s]]).mean() for s in range(sizes)])
+        out.append(Budget(c, rows, np.log(n_m[rows]), x, member))
     return out, skipped
 
 
@@ -198,7 +198,7 @@ def isoflops(
     missing and `no_law` says why. cost: FLOPs per token. same: factor within which compute is one budget. draws:
     simulated studies for the interval of a (0: none). Raises InputError where no budget has `least` sizes.
     """
-    groups, skipped = budgets_of(runs, same, least)
+    groups, skipped = budgets_of(runs.c, runs.n, same, least)
     if not groups:
         raise InputError(
             f"{runs.label or 'runs'}: no compute budget with {least} sizes (runs within {same:g}x in FLOPs are one "
@@ -220,7 +220,7 @@ def isoflops(
     simulated: dict[Method, list[Array]] = {name: [] for name in SHAPES}  # per bracketed budget log N* [S]
     clean: dict[Method, list[float]] = {name: [] for name in SHAPES}  # the same of the law's own losses
     for g in groups:
-        why = _not_bracketed(g, loss[g.rows])
+        why = not_bracketed(g, loss[g.rows])
         best: dict[Method, float] = {k: float("nan") for k in METHODS}
         bias: dict[Method, float] = {k: float("nan") for k in METHODS}
         every = [loss[g.rows][None]]
@@ -228,7 +228,7 @@ def isoflops(
         if fit is not None:
             best["law"], bias["law"] = float(compute_optimal(fit, g.c, cost=cost).n[0]), 0.0
             own = _clean(g, fit, cost)
-            known = bool(np.isfinite(best["law"])) and not _not_bracketed(g, own)
+            known = bool(np.isfinite(best["law"])) and not not_bracketed(g, own)
             every.append(own[None])
             if luck is not None and not why:
                 every.append(own * np.exp(luck[:, g.rows]))
@@ -251,7 +251,7 @@ def isoflops(
     return IsoFlops(tuple(out), power, tuple(warnings), fit, no_law, tuple(skipped))
 
 
-def _off_budget(runs: Runs, groups: list[_Budget], fit: LawFit | None, cost: Cost) -> Array:
+def _off_budget(runs: Runs, groups: list[Budget], fit: LawFit | None, cost: Cost) -> Array:
     """What factor of its loss a run owes, says the law, to compute other than its budget's, [m]; 1 without a law."""
     out = np.ones(len(runs))
     if fit is None:
@@ -262,13 +262,13 @@ def _off_budget(runs: Runs, groups: list[_Budget], fit: LawFit | None, cost: Cos
     return out
 
 
-def _clean(g: _Budget, fit: LawFit, cost: Cost) -> Array:
+def _clean(g: Budget, fit: LawFit, cost: Cost) -> Array:
     """The law's own loss at the budget's runs, all at its compute, without noise."""
     n = np.exp(g.log_n)
     return fit.predict(n, cost.tokens(g.c, n))
 
 
-def _not_bracketed(g: _Budget, loss: Array) -> str:
+def not_bracketed(g: Budget, loss: Array) -> str:
     """Why these losses [m] do not bracket a minimum in N, or ""."""
     y = g.mean(loss)
     k = int(np.argmin(y))

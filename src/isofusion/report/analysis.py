@@ -8,6 +8,7 @@ Fields (None or absent where the study does not allow it):
   entropy     per domain: oracle, text_oracle (a reader without images), learner's bound at the largest D, chance
   fits        arm -> domain -> parameters, a, b, d, regression, intervals, power law, warnings; or ok = False, reason
   frontier    arm -> domain or "mean" -> compute-optimal loss, N, D, D/N over compute with intervals, extrapolated flags
+  isoflop     arm -> budgets that arms share: sizes, losses at equal compute, the parabola and its lowest point
   differences pairs of arms: at equal compute, at matched size, verdicts
   answer      the recommendation at c_ref ("ref") and at 10 times that ("ten")
   speed       sizes: tokens/s, FLOP/s, share of the peak, memory per arm and size; pairs: time of arms at equal FLOPs
@@ -29,7 +30,7 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.analysis import aside
 from isofusion.laws.table import clusters
-from isofusion.report import advice, evidence, lawside, methods
+from isofusion.report import advice, evidence, isoflop, lawside, methods
 from isofusion.report import speed as speeds
 from isofusion.report.evidence import LEVEL, number
 from isofusion.report.words import si
@@ -230,17 +231,26 @@ def _laws(
     """Fill fits, frontier, fit_curves, differences, holdout and predicted; every second arm is fitted in the pool."""
     c_ref = a["study"]["c_ref"]
     grid = np.concatenate([np.geomspace(a["study"]["c_min"], c_ref, 25), np.geomspace(c_ref, 10 * c_ref, 10)[1:]])
-    a |= {"fits": {}, "frontier": {}, "fit_curves": {}, "holdout": {}, "predicted": [], "differences": []}
+    a |= {
+        "fits": {},
+        "frontier": {},
+        "isoflop": {},
+        "fit_curves": {},
+        "holdout": {},
+        "predicted": [],
+        "differences": [],
+    }
+    budgets = isoflop.common_budgets(a["points"], arms)
     started = {}
     for i, arm in enumerate(arms):
         mine = [p for p in a["points"] if p["arm"] == arm]
         c_max = a["arms"][arm]["range"]["c"][1]
         where = pool if i % 2 else None
-        started[arm] = aside(where, _arm_laws, rows, arm, domains, compute, tiers, mine, grid, c_max)
+        started[arm] = aside(where, _arm_laws, rows, arm, domains, compute, tiers, mine, grid, c_max, budgets)
     laws = {arm: started[arm]() for arm in [*arms[::2], *arms[1::2]]}  # those of the pool are computed meanwhile
     for arm in arms:
         found = laws[arm]
-        for key in ("fits", "frontier", "fit_curves", "holdout"):
+        for key in ("fits", "frontier", "isoflop", "fit_curves", "holdout"):
             a[key][arm] = found[key]
         a["predicted"] += found["predicted"]
     for first, second, label in _pairs(a):
@@ -256,9 +266,17 @@ def _arm_laws(
     points: list[dict[str, Any]],
     grid_G: np.ndarray,
     c_max: float,
+    budgets: list[float],
 ) -> dict[str, Any]:
-    """One arm's fits, frontier, fit_curves and holdout by domain, and its part of predicted."""
-    out: dict[str, Any] = {"fits": {}, "frontier": {}, "fit_curves": {}, "holdout": {}, "predicted": []}
+    """One arm's fits, frontier, fit_curves and holdout by domain, its isoFLOPs, and its part of predicted."""
+    out: dict[str, Any] = {
+        "fits": {},
+        "frontier": {},
+        "isoflop": [],
+        "fit_curves": {},
+        "holdout": {},
+        "predicted": [],
+    }
     fits, fronts = out["fits"], out["frontier"]
     try:
         laws = lawside.fit_arm(rows, arm, domains, compute)
@@ -278,6 +296,7 @@ def _arm_laws(
         fits["mean"] = {"ok": False, "reason": "the mean over domains is not fitted; it is the mean of their laws"}
         fits["mean"]["power"] = lawside.power_of_mean(rows, arm, compute)
         fronts["mean"] = lawside.frontier(laws, domains, grid_G)
+    out["isoflop"] = isoflop.at_budgets(laws, domains, budgets)
     out["frontier"] = {key: front for key, front in fronts.items() if front}
     for key, front in out["frontier"].items():
         fits[key]["frontier_slopes"] = lawside.regression(front, c_max)

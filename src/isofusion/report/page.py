@@ -18,12 +18,13 @@ from isofusion.report.analysis import Analysis, analyse
 from isofusion.report.css import CSS
 from isofusion.report.figures import FIGURES
 from isofusion.report.figures_evidence import EVIDENCE_FIGURES
+from isofusion.report.figures_isoflop import isoflops
 from isofusion.report.figures_speed import speed
 from isofusion.report.style import NARROW, WIDE, themed
 from isofusion.report.words import percent
 from isofusion.study.lock import write_atomic
 
-DRAW = FIGURES | EVIDENCE_FIGURES | {"speed": speed}
+DRAW = FIGURES | EVIDENCE_FIGURES | {"isoflops": isoflops, "speed": speed}
 
 
 def build_report(out: str | Path, rows: list[dict[str, Any]] | None = None, *, pool: Executor | None = None) -> Path:

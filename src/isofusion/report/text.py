@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from isofusion.laws.holdout import Beside
 from isofusion.report.advice import mean_key
 from isofusion.report.figures import NAMES
@@ -100,6 +102,36 @@ def loss_against_flops(a: Analysis) -> str:
     if oracle is not None:
         text += f" Dotted: the oracle entropy, {fixed(oracle)} nats/token, which no model can pass."
     return text
+
+
+def isoflops(a: Analysis) -> str:
+    found = {arm: budgets[-1] for arm, budgets in a["isoflop"].items() if budgets}
+    moved = max(b["moved"] for budgets in a["isoflop"].values() for b in budgets)
+    c = max(b["c"] for b in found.values())
+    text = (
+        f"IsoFLOPs of the {NAMES[mean_key(a)]} loss: runs of several sizes at one compute; the laws only move each "
+        f"run's loss to the panel's FLOPs (by {percent(moved)} at most). Lines: parabolas in log N; rings: their "
+        f"lowest points. At {power(c)} FLOPs:"
+    )
+    parts = []
+    for arm, b in found.items():
+        if b["c"] != c:
+            continue
+        if b["lowest"] is None:
+            parts.append(f"{arm} has none between its sizes")
+            continue
+        own = _law_size(a, arm, c)
+        law = f", its law {si(own)}" if own is not None else ""
+        parts.append(f"{arm} {fixed(b['lowest_loss'])} at N = {si(b['lowest'])}{law}")
+    return f"{text} {'; '.join(parts)}."
+
+
+def _law_size(a: Analysis, arm: str, c: float) -> float | None:
+    """Compute-optimal N of an arm's laws at c FLOPs, between the points of its frontier."""
+    front = a["frontier"].get(arm, {}).get(mean_key(a))
+    if not front or not front["c"][0] <= c <= front["c"][-1]:
+        return None
+    return float(np.exp(np.interp(np.log(c), np.log(front["c"]), np.log(front["n"]))))
 
 
 def scaling_per_arm(a: Analysis) -> str:
@@ -341,6 +373,7 @@ def speed(a: Analysis) -> str:
 
 CAPTIONS: dict[str, tuple[str, Callable[[Analysis], str]]] = {
     "loss-against-flops": ("Loss against compute", loss_against_flops),
+    "isoflops": ("Loss against size at equal compute", isoflops),
     "differences": ("Differences between arms", differences),
     "compute-optimal": ("Compute-optimal size and data", compute_optimal),
     "scaling-per-arm": ("The laws, arm by arm", scaling_per_arm),
