@@ -114,6 +114,12 @@ def test_cut_fits_loses_nothing_and_splits_no_image(parts, row_len):
         assert len(ends) == 1
 
 
+def test_a_piece_takes_what_just_fits():
+    assert cut([1, IMAGE, 3], N, 6) == [5, 8]  # BOS, a token and an image fill a row of six; the last piece has EOS
+    assert cut([IMAGE, IMAGE, 1], N, 9) == [8, 9]
+    assert cut([7], N, 6) == [5, 7]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(3, 64), max_size=300), st.integers(1, 40))
 def test_best_fit_uses_every_piece_once_within_its_window(lengths, window):

@@ -72,10 +72,15 @@ def test_batch_shape_counts_what_the_mask_allows(batch: PackedBatch) -> None:
     assert batch_shape(batch.torch()) == shape
 
 
-@pytest.mark.parametrize("kind", ["early", "late", "moe", "routed"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("early", {}), ("late", {}), ("moe", {}), ("moe", {"top_k": 3}), ("routed", {})],
+    ids=["early", "late", "moe", "moe top 3", "routed"],
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_the_ledger_equals_torchs_counter(
     kind: str,
+    changes: dict[str, int],
     training: bool,
     build_batch: Callable[..., PackedBatch],
     make_config: Callable[..., Any],
@@ -84,7 +89,7 @@ def test_the_ledger_equals_torchs_counter(
     monkeypatch.setattr(native, "available", lambda: False)  # the counter sees PyTorch's operations alone
     # no padding (the ledger leaves it out); width 18 sends experts through plain products, which the counter sees
     batch = build_batch(["tiiiittttt|ttiiiitt", "tttttttttttttttttt"])
-    cfg = make_config(kind, width=18, head_dim=2, ffn_multiple=1)
+    cfg = make_config(kind, width=18, head_dim=2, ffn_multiple=1, **changes)
     model = Decoder(cfg, "sdpa")
     init_weights(model, cfg, 0)
     with FlopCounterMode(display=False) as counter:

@@ -58,15 +58,6 @@ class BatchShape:
     targets: int
     attention_pairs: int
 
-    def __add__(self, other: BatchShape) -> BatchShape:
-        return BatchShape(
-            self.text_tokens + other.text_tokens,
-            self.image_tokens + other.image_tokens,
-            self.images + other.images,
-            self.targets + other.targets,
-            self.attention_pairs + other.attention_pairs,
-        )
-
 
 def batch_shape(batch: PackedBatch) -> BatchShape:
     """The shape of a NumPy or torch batch; pairs follow attention's predicate: causal, and whole inside an image."""
@@ -191,6 +182,4 @@ def six_nd(cfg: ModelConfig, tokens: float, image_share: float) -> float:
     arXiv 2504.07951 section 2: early 6 N D; late 6 D (f N_v + N_t), f the share of image tokens; experts 6 N_active D.
     """
     n = count_parameters(cfg)
-    if cfg.fusion == "late":
-        return 6.0 * tokens * (image_share * n.n_encoder + (n.n_active - n.n_encoder))
-    return 6.0 * tokens * n.n_active
+    return 6.0 * tokens * (image_share * n.n_encoder + (n.n_active - n.n_encoder))
