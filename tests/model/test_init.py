@@ -11,7 +11,7 @@ import torch
 from isofusion.data.batch import PackedBatch
 from isofusion.model.coordinate import coordinate_check
 from isofusion.model.decoder import Decoder
-from isofusion.model.init import decays, init_weights, lr_multiplier, role_of
+from isofusion.model.init import EMBED_STD, decays, init_weights, initial_values, lr_multiplier, role_of
 
 
 @pytest.mark.parametrize("kind", ["early", "late", "moe", "routed"])
@@ -49,6 +49,28 @@ def test_standard_deviations_follow_fan_in_and_depth(make_config: Callable[..., 
     assert block.experts.gate_up.std() == pytest.approx(cut * 128**-0.5, rel=0.03)
     assert block.experts.down.std() == pytest.approx(cut * cfg.hidden() ** -0.5 / 4, rel=0.03)
     assert block.attention.qkv.weight.abs().max() <= 3 * 128**-0.5 * 1.0001
+
+
+def test_what_enters_and_leaves_the_blocks_starts_at_the_size_the_rules_say(make_config: Callable[..., Any]) -> None:
+    """Images enter as large as words; residual outputs shrink with their own stack's depth; muP's head keeps its size
+    when the model is widened, and the router, which has no output multiplier, falls as 1 / width."""
+
+    def std(name: str, shape: tuple[int, ...], cfg: Any) -> float:
+        ((_, value),) = initial_values([(name, torch.Size(shape))], cfg, 0)
+        return float(value.std()) / 0.9866  # of a normal cut at three standard deviations
+
+    late = make_config("late", width=64, encoder_width=32, encoder_depth=18, depth=2)
+    words = std("embed.weight", (512, 64), late)
+    assert words == pytest.approx(EMBED_STD, rel=0.02)
+    for name, fan_in in (("patch.weight", 192), ("encoder.patch.weight", 192), ("connector.weight", 48)):
+        assert std(name, (512, fan_in), late) * fan_in**0.5 == pytest.approx(words, rel=0.03), name
+    for name in ("attention.out.weight", "ffn.down.weight"):
+        assert std(f"encoder.blocks.1.{name}", (256, 96), late) == pytest.approx(96**-0.5 / 6, rel=0.02)
+        assert std(f"blocks.1.{name}", (256, 96), late) == pytest.approx(96**-0.5 / 2, rel=0.02)
+    for width, router in ((16, 0.025), (64, 0.025 / 4)):
+        cfg = make_config("moe", width=width, base_width=16)
+        assert std("head.weight", (512, width), cfg) == pytest.approx(0.025, rel=0.02)
+        assert std("blocks.0.experts.router", (512, width), cfg) == pytest.approx(router, rel=0.02)
 
 
 def test_mup_multipliers(make_config: Callable[..., Any]) -> None:

@@ -42,10 +42,6 @@ class Tally:
     def tokens(self) -> int:
         return self.text_tokens + self.image_tokens
 
-    def add(self, batch: PackedBatch) -> None:
-        """Count one NumPy batch."""
-        self.add_shape(shape_of(batch))
-
     def add_shape(self, shape: dict[str, int]) -> None:
         """Count what `shape_of` says of a batch, or of a rank's part of it."""
         before = self.tokens
@@ -75,7 +71,7 @@ class Tally:
         from isofusion.model.count import BatchShape, flops
 
         before = flops(cfg, BatchShape(**self.start_shape))["total"] if self.start_shape else 0.0
-        return self.flops(cfg)["total"] - before if self.shape else 0.0
+        return self.flops(cfg)["total"] - before
 
     def flops_6nd(self, cfg: ModelConfig) -> float:
         """The paper's count: 6 N D, with the encoder's part weighted by the measured share of image tokens."""
