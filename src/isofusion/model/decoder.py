@@ -42,7 +42,7 @@ class ModelOutput:
     hidden_TD: Tensor
     balance_loss: Tensor
     routing: Tensor | None
-    probability: Tensor | None  # [depth, G, E], differentiable: see Experts.balance (None: dense)
+    probability: Tensor | None  # [depth, E], differentiable: see Experts.balance (None: dense)
     place_T: Tensor | None = None
 
 
@@ -102,17 +102,17 @@ class Decoder(nn.Module):
             x_TD, routed = run_block(block, i < again, x_TD, plan, slots)
             if routed is not None:
                 counts.append(routed.counts_ME)
-                sums.append(routed.probability_GE)
+                sums.append(routed.probability_E)
         hidden_TD = self.final_norm(x_TD)
         if not counts:
             return ModelOutput(hidden_TD, x_TD.new_zeros(()), None, None, place_T)
         routing, probability = torch.stack(counts), torch.stack(sums)
         return ModelOutput(hidden_TD, self._balance(probability, routing), routing, probability, place_T)
 
-    def _balance(self, probability_LGE: Tensor, routing_LME: Tensor) -> Tensor:
-        """Mean over layers, all of which balance the same groups."""
+    def _balance(self, probability_LE: Tensor, routing_LME: Tensor) -> Tensor:
+        """Mean over layers, all of one kind."""
         experts: Any = self.blocks[0].experts
-        balance: Tensor = experts.balance(probability_LGE, routing_LME)
+        balance: Tensor = experts.balance(probability_LE, routing_LME)
         return balance.mean()
 
     def compile_blocks(self) -> None:

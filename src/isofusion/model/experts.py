@@ -50,7 +50,7 @@ class ExpertsOutput:
 
     out_TD: Tensor
     counts_ME: Tensor  # i64: (token, choice) pairs by modality
-    probability_GE: Tensor  # sum over the tokens of each balanced group of the full softmax
+    probability_E: Tensor  # of the full softmax, summed over the tokens
 
 
 def modality_mask(cfg: ModelConfig) -> np.ndarray:
@@ -183,10 +183,6 @@ class Experts(nn.Module):
         self.forbidden_ME = torch.from_numpy(np.where(mask.T, 0.0, -np.inf).astype(np.float32))
         fixed = bool((mask.sum(0) == 1).all())
         self.router = None if fixed else unset(cfg.n_experts, cfg.width)
-        # modalities that share one set of experts are balanced together; a set of one expert needs no balancing
-        shared = bool((mask[:, 0] == mask[:, 1]).all())
-        groups = [((0, 1), int(mask[:, 0].sum()))] if shared else [((m,), int(mask[:, m].sum())) for m in (0, 1)]
-        self.groups = [(members, size) for members, size in groups if size > 1]
 
     def route(self, x_TD: Tensor, slots: SlotPlan) -> Tensor:
         """Probability of every expert for every slot, float32 [T, E]; forbidden experts have 0."""
@@ -217,7 +213,7 @@ class Experts(nn.Module):
         else:
             counts_ME = self._count(expert_TK, slots)
             out_TD = self._serve_real(x_TD, gate_TK, expert_TK, counts_ME.sum(0), slots)
-        return ExpertsOutput(out_TD, counts_ME, self._group_sums(prob_TE, slots))
+        return ExpertsOutput(out_TD, counts_ME, self._probability(prob_TE, slots))
 
     def _serve_native(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, slots: SlotPlan) -> tuple[Tensor, Tensor]:
         """`_serve_real` with the kernels of native.py; also counts."""
@@ -284,25 +280,20 @@ class Experts(nn.Module):
         bins = bin_TK.flatten()
         return counts.scatter_add_(0, bins, torch.ones_like(bins))[:size].view(2, self.n_experts)
 
-    def _group_sums(self, prob_TE: Tensor, slots: SlotPlan) -> Tensor:
-        """Probabilities summed over the tokens of each balanced group, padding excluded: [G, E]."""
-        sums = []
-        for members, _ in self.groups:
-            inside_T = slots.real_T if len(members) == 2 else slots.real_T & (slots.modality_T == members[0])
-            sums.append((prob_TE * inside_T[:, None]).sum(0))
-        return torch.stack(sums) if sums else prob_TE.new_zeros(0, self.n_experts)
+    def _probability(self, prob_TE: Tensor, slots: SlotPlan) -> Tensor:
+        """Probabilities summed over the tokens of both modalities, padding excluded: [E]."""
+        return (prob_TE * slots.real_T[:, None]).sum(0)
 
-    def balance(self, probability_GE: Tensor, counts_ME: Tensor) -> Tensor:
-        """Mean over modality groups of E_g * sum_e f_e P_e (arXiv 1701.06538, 2101.03961); 1 when perfectly even.
+    def balance(self, probability_E: Tensor, counts_ME: Tensor) -> Tensor:
+        """E * sum_e f_e P_e (arXiv 1701.06538, 2101.03961), both modalities together; 1 when perfectly even.
 
-        f_e: share of the group's (token, choice) pairs that went to e; P_e: its mean probability over the group's
-        tokens (the full softmax, not the chosen ones). 0 where there is nothing to balance. With `counts_ME` of a whole
-        step and probabilities of one of its micro-batches this is that micro-batch's part of the step's loss. Both may
-        have an axis of layers in front, and so has the result.
+        f_e: share of the (token, choice) pairs that went to e; P_e: its mean probability over the tokens (the full
+        softmax, not the chosen ones). 0 where a fixed rule routes: there is nothing to balance. With `counts_ME` of a
+        whole step and probabilities of one of its micro-batches this is that micro-batch's part of the step's loss.
+        Both may have an axis of layers in front, and so has the result.
         """
-        loss = probability_GE.new_zeros(probability_GE.shape[:-2])
-        for (members, size), sum_E in zip(self.groups, probability_GE.unbind(-2), strict=True):
-            pairs = counts_ME.sum(-2) if len(members) == 2 else counts_ME[..., members[0], :]
-            n = pairs.sum(-1, keepdim=True).clamp(min=1)
-            loss = loss + size * (pairs / n * (sum_E * (self.top_k / n))).sum(-1) / len(self.groups)
-        return loss
+        if self.router is None:
+            return probability_E.new_zeros(probability_E.shape[:-1])
+        pairs_E = counts_ME.sum(-2)
+        n = pairs_E.sum(-1, keepdim=True).clamp(min=1)
+        return self.n_experts * (pairs_E / n * (probability_E * (self.top_k / n))).sum(-1)
