@@ -89,15 +89,52 @@ def test_the_loss_is_cross_entropy_in_nats(batch: PackedBatch, make_config: Call
 def test_a_chunked_head_gives_the_same_loss_and_gradients(
     batch: PackedBatch, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = []
-    for chunk in (decoder.HEAD_CHUNK, 24 * 7):
+    results, rows = [], []
+    logits = Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda self, hidden: rows.append(len(hidden)) or logits(self, hidden))
+    monkeypatch.setattr(decoder, "by_onednn", lambda dtype: False)  # no filler among the rows
+    targets = int((batch.targets >= 0).sum())
+    for chunk, expected in ((decoder.HEAD_CHUNK, [targets]), (24 * 7 + 23, [7] * (targets // 7) + [targets % 7])):
         monkeypatch.setattr(decoder, "HEAD_CHUNK", chunk)
         model = model_of(make_config())
+        rows.clear()
         nll, _ = model.token_losses(batch.torch())
+        assert rows == expected  # no more than `chunk` logits at a time
         nll.sum().backward()
         results.append((nll.detach(), model.head.weight.grad, model.embed.weight.grad))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_mups_output_multiplier_is_in_every_loss(
+    trains: bool, batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    """Logits of a model four times as wide as its base are a quarter of the head's product: training and validation."""
+    scaled, plain = model_of(make_config(base_width=4)), model_of(make_config())
+    plain.load_state_dict(scaled.state_dict())
+    with torch.no_grad():
+        plain.head.weight *= 0.25
+    for precise in (True, False):
+        with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            ours, theirs = (model.token_losses(batch.torch())[0].detach() for model in (scaled, plain))
+        assert ours.sum() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("recompute", "twice"), [(0, []), (2, ["e0", "e1"]), (4, ["e0", "e1", "e2", "d0"])])
+def test_recomputation_begins_with_the_encoder_and_reaches_so_many_blocks(
+    recompute: int, twice: list[str], batch: PackedBatch, make_config: Callable[..., Any]
+) -> None:
+    model, ran = model_of(make_config("late", encoder_depth=3)), []
+    assert model.encoder is not None
+    for side, blocks in (("e", model.encoder.blocks), ("d", model.blocks)):
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, name=f"{side}{i}": ran.append(name))
+    model.recompute = recompute
+    model.token_losses(batch.torch())[0].sum().backward()
+    assert sorted(name for name in set(ran) if ran.count(name) == 2) == sorted(twice)
+    assert set(ran) == {"e0", "e1", "e2", "d0", "d1"}
 
 
 def test_targets_that_are_filled_up_for_onednn_change_nothing(

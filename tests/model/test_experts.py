@@ -149,6 +149,20 @@ def test_balance_loss_is_one_when_even_and_zero_when_nothing_can_be_balanced(
     assert float(experts.balance(sums, counts)) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_balance_loss_is_the_mean_over_layers(depth: int, batch: PackedBatch, make_config: Callable[..., Any]) -> None:
+    """A router of zeros gives every expert 1 / E: E * sum_e f_e / E = 1 in each layer, wherever the tokens go."""
+    cfg = make_config("moe", depth=depth)
+    model = Decoder(cfg)
+    init_weights(model, cfg, 0)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.experts.router)
+    with torch.no_grad():
+        output = model(batch.torch())
+    assert float(output.balance_loss) == pytest.approx(1.0)
+    assert float(model.balance_loss(output, output.routing)) == pytest.approx(1.0)
+
+
 def test_the_router_learns_from_the_task_at_top_1(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
     cfg = make_config("moe", top_k=1)
     model = Decoder(cfg)
