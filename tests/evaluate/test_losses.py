@@ -159,6 +159,15 @@ def test_summary(batches: list[PackedBatch]) -> None:
     assert classes["even"]["chance"] is None
 
 
+def test_a_document_without_a_target_is_no_document_of_the_sums(batches: list[PackedBatch]) -> None:
+    silent = batch_of([{"ids": [1], "modality": [0], "targets": [IGNORE], "values": []}, document(1, [5], 20)], 3)
+    losses = evaluate_domain(PixelModel(), [*batches, silent], precision="fp32")
+    assert len(losses.documents) == 5
+    assert document_sums(losses)["doc_targets"].tolist() == [2, 3, 1, 1]
+    assert class_sums(losses, ("even", "odd"), ("odd",))["odd_true"].tolist() == [0, 0, 0, 3]
+    assert summarise(losses, chance=0.0)["documents"] == 4
+
+
 def test_class_sums_line_up_with_the_documents(batches: list[PackedBatch]) -> None:
     losses = evaluate_domain(PixelModel(), batches, precision="fp32")
     sums = class_sums(losses, ("even", "odd", "never"), ("odd", "never", "even"))
@@ -193,6 +202,8 @@ def test_standard_error_agrees_with_resampling_documents() -> None:
     resampled = sums[draws].sum(1) / counts[draws].sum(1)
     assert ratio_se(sums, counts) == pytest.approx(resampled.std(), rel=0.1)
     assert ratio_se(np.ones(1), np.ones(1)) is None
+    few = np.array([1.0, 1.4, 2.7])  # documents of one length: the standard error of a mean
+    assert ratio_se(4 * few, np.full(3, 4.0)) == pytest.approx(few.std(ddof=1) / math.sqrt(3))
 
 
 def test_pairing_removes_what_two_losses_share() -> None:
