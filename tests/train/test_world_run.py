@@ -55,6 +55,7 @@ def test_evaluation_stands_beside_the_truth(results: dict[str, tuple[RunConfig, 
         for entry in record["domains"].values():
             assert 0 < entry["oracle"] <= entry["bound"] < entry["loss"] < entry["chance"] + 0.1
         caption, text = record["domains"]["caption"], record["domains"]["text"]
+        assert record["mean"] == pytest.approx((caption["loss"] + text["loss"]) / 2)
         assert caption["bound"] > caption["oracle"]  # names never seen in training
         assert text["bound"] == text["oracle"]  # no name is read off a glyph
         assert caption["text_oracle"] > caption["oracle"] + 0.5  # names, colours, tones: the images tell much
