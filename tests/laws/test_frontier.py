@@ -25,6 +25,10 @@ from isofusion.laws.holdout import accuracy
 from isofusion.laws.table import Runs
 
 
+SPAN = np.geomspace(1e10, 1e30, 200)
+"""Compute from far below to far above any run here."""
+
+
 @pytest.fixture(scope="module")
 def clean(simulate: Callable[..., Runs]) -> Runs:
     return simulate(np.random.default_rng(0), trunk=0.0, branch=0.0)
@@ -48,6 +52,7 @@ def test_closed_form_is_the_numeric_optimum(truth: Params) -> None:
         assert (truth.predict(n * shift, d / shift) > loss).all()
     assert not numeric.edge.any()
     assert optimum(truth, Cost.six_nd(), 1e23, (1e5, 1e7)).edge.all()
+    assert optimum(truth, Cost.six_nd(), 1e19, (1e12, 1e14)).edge.all()
 
 
 def test_optimum_along_a_measured_cost(clean: Runs) -> None:
@@ -74,6 +79,18 @@ def test_optimum_along_a_measured_cost(clean: Runs) -> None:
     assert drawn.n.shape == (50, 2)
 
 
+def test_an_optimum_far_from_the_sizes_trained_is_found_and_one_beyond_reach_is_told(clean: Runs) -> None:
+    """FLOPs that happen to be 6ND, as a measured cost: the closed form is the reference, on both sides of the sizes."""
+    fit = fit_law(replace(clean, c=6 * clean.n * clean.d, compute="exact"))
+    far = np.array([clean.n.min() / 1000, clean.n.max() * 3000])
+    c = np.exp(np.interp(np.log(far), *(np.log(x) for x in (closed_form(fit.params, SPAN)[0], SPAN))))
+    best = compute_optimal(fit, c)
+    assert not best.edge.any()
+    np.testing.assert_allclose(best.n, far, rtol=0.02)
+    np.testing.assert_allclose(best.n, closed_form(fit.params, c)[0], rtol=1e-3)
+    assert compute_optimal(fit, c * np.array([1e-8, 1e8])).edge.all()
+
+
 def test_flops_falling_with_size_are_refused(clean: Runs) -> None:
     with pytest.raises(InputError, match="FLOPs per token fall"):
         Cost.measured(replace(clean, c=clean.d * 1e18 / clean.n))
@@ -89,6 +106,13 @@ def test_the_papers_regression_agrees_with_the_closed_form(clean: Runs, spacing:
     assert regression.b == pytest.approx(float(closed["b"]), abs=0.005)
     assert regression.d == pytest.approx(float(closed["d"]), abs=0.01)
     assert regress_allocation(fit, d_range=(1e3, 2e3)) is None  # no interior optimum there
+    budgets = len(np.unique(np.round(np.log(fit.runs.c), 3)))
+    assert (regression.used, regression.dropped) == (budgets, 0)
+    middle = float(np.median(closed_form(fit.params, fit.runs.c)[1]))  # tokens: half of the optima need more
+    half = regress_allocation(fit, d_range=(middle / 1e3, middle), spacing=spacing)  # type: ignore[arg-type]
+    assert half is not None
+    assert half.used + half.dropped == budgets
+    assert 0.3 * budgets < half.dropped < 0.7 * budgets
 
 
 def test_a_law_with_one_term_has_no_optimum(clean: Runs) -> None:
