@@ -24,7 +24,6 @@ from isofusion.laws.frontier import (
 from isofusion.laws.holdout import accuracy
 from isofusion.laws.table import Runs
 
-
 SPAN = np.geomspace(1e10, 1e30, 200)
 """Compute from far below to far above any run here."""
 

@@ -14,6 +14,7 @@ from isofusion.errors import InputError
 from isofusion.laws.fit import fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import closed_form, exponents
+from isofusion.laws.interpolate import through
 from isofusion.laws.isoflop import interpolated, isoflops, parabola
 from isofusion.laws.table import Runs
 
@@ -37,6 +38,28 @@ def test_minima_of_known_curves() -> None:
     both = np.stack([3.0 + 0.1 * (x - 20.5) ** 2, 2.0 + np.cosh(x - 21.2)])
     np.testing.assert_allclose(interpolated("akima", x, both), [20.5, 21.2], atol=0.06)
     assert interpolated("pchip", x, both[0]) == pytest.approx(20.25, abs=0.01)  # its minimum is always at a point
+
+
+def test_the_grid_of_an_interpolated_curve_is_refined_between_its_points() -> None:
+    x = np.linspace(18.0, 24.0, 9)
+    for y in (2.0 + np.cosh(x - 21.2), np.abs(x - 19.9) ** 1.5, 3.0 + 0.1 * (x - 20.6) ** 2 + 0.01 * np.sin(3 * x)):
+        fine = np.linspace(x[0], x[-1], 200_001)
+        lowest = fine[np.argmin(through("akima", x, y[:, None], fine)[:, 0])]
+        assert interpolated("akima", x, y) == pytest.approx(lowest, abs=5e-4)  # the grid's points are 0.015 apart
+
+
+def test_akima_looks_between_the_sizes_pchip_at_them_and_a_power_law_goes_through_three_budgets() -> None:
+    runs = design(LAW, 4.0, centre=1.2)
+    found = isoflops(runs.select(runs.c < 2e19), draws=0)
+    assert len(found.budgets) == 3
+    for b in found.budgets:
+        truth = float(closed_form(LAW, b.c)[0])
+        assert b.best["akima"] == pytest.approx(truth, rel=0.03)
+        assert np.abs(b.n / b.best["pchip"] - 1).min() < 0.01 < np.abs(b.n / b.best["akima"] - 1).min()
+        for law in found.power.values():
+            assert law is not None
+            assert law.size(b.c) == pytest.approx(truth, rel=0.25)
+    assert isoflops(runs.select(runs.c < 5e18), draws=0).power["akima"] is None  # two budgets
 
 
 def test_equal_exponents_on_a_centred_grid_leave_the_parabola_unbiased() -> None:
@@ -103,15 +126,16 @@ def test_an_odd_run_is_in_every_simulated_curve() -> None:
     assert np.median(width) < 0.03  # 0.08 with one spread for all
 
 
-def test_budgets_without_a_bracketed_minimum_are_named() -> None:
+@pytest.mark.parametrize(("factor", "end"), [(30, "smallest"), (1 / 30, "largest")])
+def test_budgets_without_a_bracketed_minimum_are_named(factor: float, end: str) -> None:
     runs = design(LAW, 4.0, sizes=5)
     far = np.flatnonzero(runs.c > 5e20)
     moved = replace(runs, n=runs.n.copy(), d=runs.d.copy())
-    moved.n[far] *= 30
-    moved.d[far] /= 30
+    moved.n[far] *= factor
+    moved.d[far] /= factor
     found = isoflops(moved.with_loss(LAW.predict(moved.n, moved.d)), draws=0)
     assert [w.code for w in found.warnings] == ["isoflop-not-bracketed"]
-    assert "smallest of 5 sizes" in found.warnings[0].message
+    assert f"{end} of 5 sizes" in found.warnings[0].message
     assert not found.budgets[-1].bracketed
     assert np.isnan(found.budgets[-1].best["parabola"])
     assert found.power["parabola"] is not None
