@@ -39,6 +39,7 @@ def test_a_planted_gain_is_found_with_its_sign(simulate: Callable[..., Runs]) ->
     a, b = (bootstrap(fit_law(r), 200, seed=i) for i, r in enumerate((better, plain)))
     result = compare(a, b)
     assert result.verdict == "first better"
+    assert (result.first, result.second) == ("better", "plain")
     assert compare(b, a).verdict == "second better"
     assert (result.band_low <= result.low + 0.01).all()
     assert result.c[0] == pytest.approx(max(better.c.min(), plain.c.min()))
@@ -68,6 +69,7 @@ def test_runs_paired_at_equal_compute(simulate: Callable[..., Runs]) -> None:
     rows = paired(dear, runs, match="compute")
     assert rows[-1].low is not None
     assert rows[-1].low > 0
+    assert {r.compute_ratio for r in rows} == {1.0}
     i = int(
         np.flatnonzero((runs.size == "2") & (runs.seed == "0"))[0]
     )  # budgets double: twice the FLOPs is the next run
@@ -96,6 +98,16 @@ def test_crossover_by_hand() -> None:
     flipped = crossover(hand(line[::-1], 0.005))
     assert flipped.first_better == "above"
     assert flipped.low == pytest.approx(1e19 * 10**-0.25)
+    between = crossover(hand(line, 0.0053))  # between two points, on both sides
+    assert between.low == pytest.approx(1e19 * 10**-0.265)
+    assert between.high == pytest.approx(1e19 * 10**0.265)
+    upper = crossover(hand(list(np.linspace(-0.02, 0.004, 25)), 0.005))
+    assert upper.low is not None
+    assert upper.high is None
+    assert f"({upper.low:.3g} to above 1e+20)" in str(upper)
+    lower = crossover(hand(list(np.linspace(-0.004, 0.02, 25)), 0.005))
+    assert lower.low is None
+    assert f"(below 1e+18 to {lower.high:.3g})" in str(lower)
     sharp = crossover(hand(list(np.linspace(-0.021, 0.02, 42)), 1e-5))
     assert sharp.c is not None
     assert sharp.low is not None
@@ -145,6 +157,8 @@ def test_equal_inference_cost(simulate: Callable[..., Runs], truth: Params) -> N
     assert (at_compute.n >= 1e20 / 6 / 3.2e10 / 1.06).all()  # smaller ones would need more tokens than were seen
     np.testing.assert_allclose(6 * at_compute.n * at_compute.d_first, 1e20)
     assert equal_inference(a, a).verdict == "no difference shown"
+    short = bootstrap(fit_law(plain.select(plain.d < 2e10)), 200)  # the longest that both arms were trained
+    assert equal_inference(a, short).held == equal_inference(short, a).held == "1.6e+10 training tokens"
     with pytest.raises(InputError, match="outside the tokens seen"):
         equal_inference(a, b, tokens=1e13)
     with pytest.raises(InputError, match="not both"):
