@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from isofusion.errors import InputError
 from isofusion.laws.bootstrap import bootstrap
@@ -21,6 +22,9 @@ def test_an_arm_against_itself_is_null(simulate: Callable[..., Runs]) -> None:
     result = compare(bootstrap(fit, 200, seed=0), bootstrap(fit, 200, seed=1))
     assert np.abs(result.difference).max() == 0.0
     assert result.verdict == "no difference shown"
+    one = bootstrap(fit, 200, seed=0)  # draw by draw the difference is none
+    for same in (compare(one, one), equal_inference(one, one)):
+        assert np.abs([same.low, same.high, same.band_low, same.band_high]).max() < 1e-12
 
 
 def test_two_studies_of_one_law_are_rarely_told_apart(simulate: Callable[..., Runs]) -> None:
@@ -49,6 +53,12 @@ def test_a_planted_gain_is_found_with_its_sign(simulate: Callable[..., Runs]) ->
     assert rows[-1].high is not None
     assert rows[-1].high < 0
     assert rows[1].low is None  # one trunk pair has no spread
+    gaps = better.loss - plain.loss  # the same design, row by row
+    trunks = [gaps[(better.size == "0") & (better.seed == seed)].mean() for seed in np.unique(better.seed)]
+    assert len(trunks) == rows[0].pairs == 3
+    assert rows[0].difference == pytest.approx(np.mean(trunks))
+    span = ttest_1samp(trunks, 0.0).confidence_interval(0.95)
+    assert (rows[0].low, rows[0].high) == pytest.approx((span.low, span.high))
 
 
 def test_no_overlap_is_refused(simulate: Callable[..., Runs]) -> None:
@@ -153,6 +163,8 @@ def test_equal_inference_cost(simulate: Callable[..., Runs], truth: Params) -> N
     want = truth.predict(2 * found.n, 3.2e10) - truth.predict(found.n, 3.2e10)
     assert (found.band_low <= want).all()
     assert (want <= found.band_high).all()
+    assert (found.low < found.difference).all()
+    assert (found.difference < found.high).all()
     at_compute = equal_inference(a, b, compute=1e20)
     assert (at_compute.n >= 1e20 / 6 / 3.2e10 / 1.06).all()  # smaller ones would need more tokens than were seen
     np.testing.assert_allclose(6 * at_compute.n * at_compute.d_first, 1e20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -36,8 +37,11 @@ def test_an_arm_against_itself_gains_nothing(simulate: Make) -> None:
 def test_a_planted_gain_is_exactly_two_without_noise(simulate: Make) -> None:
     """gain=2 gives an arm the losses of twice its N, so its frontier is the base's at twice the compute."""
     rng = np.random.default_rng(0)
-    arm, base = (drawn(simulate(rng, trunk=0.0, branch=0.0, gain=g)) for g in (2.0, 1.0))
+    arm, base = (
+        drawn(simulate(rng, trunk=0.0, branch=0.0, gain=g, label=label)) for g, label in ((2.0, "twice"), (1.0, "once"))
+    )
     found = effective_gain(arm, base)
+    assert (found.arm, found.base, found.ledger) == ("twice", "once", "6nd")
     np.testing.assert_allclose(found.gain, 2.0, rtol=1e-6)
     assert found.mean == pytest.approx(2.0, rel=1e-6)
     np.testing.assert_allclose(effective_gain(base, arm).gain, 0.5, rtol=1e-6)
@@ -76,6 +80,14 @@ def test_the_range_is_where_both_frontiers_interpolate(simulate: Make, truth: Pa
         n, d, _ = closed_form(truth, np.array(c))
         assert 1e8 / 1.06 <= n <= 3e9 * 1.06
         assert 2e9 / 1.06 <= d <= 3.2e10 * 1.06
+    spent = base.fit.runs.c
+    for c, end in ((low / 1.1, spent.min()), (high * 1.1, spent.max())):  # and beyond them they do not
+        n, d, _ = closed_form(truth, np.array(c))
+        within = 1e8 / 1.05 <= n <= 3e9 * 1.05 and 2e9 / 1.05 <= d <= 3.2e10 * 1.05
+        assert not within or not spent.min() <= c <= spent.max(), end
+    both = inside(arm.fit, Cost.six_nd()) or (0.0, 0.0)
+    ends = max(both[0], low / 2.0), min(both[1], high / 2.0)  # the arm needs half of the base's compute
+    assert (found.c[0], found.c[-1]) == pytest.approx(ends, rel=0.03)
 
 
 def test_refusals_say_what_to_train(simulate: Make) -> None:
@@ -101,11 +113,12 @@ def test_a_loss_below_the_bases_floor_takes_infinite_compute() -> None:
     c = np.geomspace(1e18, 1e22, 9)
     frontier = 2.0 + 30.0 * c**-0.1
     log_c = invert(
-        np.array([[2.0 + 30.0 * 3e19**-0.1, 1.9, 2.0 + 30.0 * 1e24**-0.1]]), frontier[None], c, np.array([2.0])
+        np.array([[2.0 + 30.0 * at**-0.1 for at in (3e19, math.inf, 1e24, 1e16)]]), frontier[None], c, np.array([2.0])
     )
     assert np.exp(log_c[0, 0]) == pytest.approx(3e19)
     assert log_c[0, 1] == np.inf
-    assert np.exp(log_c[0, 2]) == pytest.approx(1e24)
+    assert np.exp(log_c[0, 2:]) == pytest.approx([1e24, 1e16])  # beyond the table on either side
+    assert invert(np.array([[1.9]]), frontier[None], c, np.array([2.0]))[0, 0] == np.inf
 
 
 def test_unbounded_ends_become_null_in_json(simulate: Make) -> None:
