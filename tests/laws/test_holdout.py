@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
+from isofusion.laws.fit import fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.holdout import carry_over, hold_out, largest_size, leave_one_size_out, nearest, study_report
 from isofusion.laws.table import Runs
@@ -23,6 +24,9 @@ def test_baselines_by_hand() -> None:
     carried = carry_over(train, test)
     assert carried[:2] == pytest.approx([3.6, np.sqrt(3.6 * 2.5)])
     assert np.isnan(carried[2])  # no run of the smaller size at that D
+    between = carry_over(train, Runs.of([1.5e8, 1e8], [4e9, 4e9], [3.0, 3.0]))
+    assert between[0] == pytest.approx(3.0)  # from the smallest size
+    assert np.isnan(between[1])  # no size is smaller than that
     assert nearest(train, test).tolist() == [3.6, 3.6, 2.5] or nearest(train, test).tolist() == [3.6, 2.5, 2.5]
 
 
@@ -92,6 +96,24 @@ def test_reducible_loss_without_oracle_says_so(runs: Runs) -> None:
 
     plain = replace(runs, oracle=None)
     assert "no oracle" in hold_out(plain, largest_size(plain), draws=0).to_dict()["reducible_floor"]
+    assert "no oracle" in leave_one_size_out(plain)["reducible_floor"]
+
+
+def test_leaving_each_size_out_by_hand(runs: Runs, truth: Params) -> None:
+    predicted = np.empty(len(runs))
+    for size in np.unique(runs.size):
+        held = runs.size == size
+        predicted[held] = fit_law(runs.select(~held), grid=8).predict(runs.n[held], runs.d[held])
+    reducible = runs.loss - truth.E
+    out = leave_one_size_out(runs, oracle=float(truth.E))
+    assert out["reducible_floor"] == "oracle"
+    assert out["full"] == pytest.approx(np.mean(np.abs(predicted - runs.loss) / reducible))
+    largest = runs.size == "5"
+    assert out["by_size"]["5"] == pytest.approx(np.mean(np.abs(predicted - runs.loss)[largest] / reducible[largest]))
+    cells = [(runs.size == size) & np.isclose(runs.d, d) for size in np.unique(runs.size) for d in np.unique(runs.d)]
+    errors = [abs(predicted[c].mean() - runs.loss[c].mean()) / reducible[c].mean() for c in cells if c.any()]
+    assert len(errors) == 30
+    assert out["seeds_averaged"]["full"] == pytest.approx(np.mean(errors))
 
 
 def test_dropping_a_needed_term_shows(runs: Runs) -> None:

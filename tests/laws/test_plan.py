@@ -75,6 +75,7 @@ def test_inference_moves_to_smaller_models() -> None:
         assert plan.inference is not None
         n, d, t = plan.answer["n"], plan.answer["d"], plan.inference["tokens"]
         assert plan.answer["total"] == pytest.approx(6 * n * d + 2 * n * t)
+        assert plan.inference["share_of_total"] == pytest.approx(2 * n * t / plan.answer["total"])
         assert 0 < plan.inference["saved"] < 1
         assert plan.inference["training_optimal_n"] == pytest.approx(sizes[0], rel=1e-4)
     budget = make_plan(law, compute=1e22, inference_tokens=1e11)
