@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tracemalloc
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from isofusion.laws.basis import of_fit
 from isofusion.laws.bootstrap import _draw, bootstrap
 from isofusion.laws.coverage import Design, cover, studies
 from isofusion.laws.fit import LawFit, fit_law
-from isofusion.laws.noise import estimate_noise, interval_warnings, shared_luck, tangent
+from isofusion.laws.noise import estimate_noise, interval_warnings, seed_variances, shared_luck, tangent
 from isofusion.laws.profile import profile
 from isofusion.laws.table import Runs
 from isofusion.laws.tables.readers import read_runs
@@ -41,6 +42,48 @@ def test_henderson_3_as_matrices(simulate: Callable[..., Runs], seeds: tuple[int
     assert found.branch_freedom == len(runs) - both.shape[1]
     assert between > 0
     assert (found.branch**2, found.trunk**2) == pytest.approx((within, between), rel=1e-10)
+
+
+def left_over(r: np.ndarray, *labels: np.ndarray) -> tuple[float, int]:
+    """(sum of squares, degrees of freedom) that levels for these labels leave of r, by least squares."""
+    hot = np.column_stack([(label[:, None] == np.unique(label)).astype(float) for label in labels])
+    fitted, _, rank, _ = np.linalg.lstsq(hot, r, rcond=None)
+    return float(np.sum((r - hot @ fitted) ** 2)), len(r) - int(rank)
+
+
+def test_the_spread_of_seeds_is_an_analysis_of_variance() -> None:
+    """Size "a" has three trunks on four budgets and a fifth for two of them, "b" two trunks on two, "c" one alone."""
+    rows = [("a", seed, d) for seed in range(3) for d in (1, 2, 4, 8, 16) if (seed, d) != (1, 16)]
+    rows += [("b", seed, d) for seed in range(2) for d in (1, 4)] + [("c", 0, d) for d in (1, 2, 4)]
+    size, seed, d = (np.array(column) for column in zip(*rows, strict=True))
+    trunk = np.array([f"{s}{k}" for s, k in zip(size, seed, strict=True)])
+    runs = Runs.of(np.full(len(rows), 1e8), d * 1e9, np.ones(len(rows)), size=list(size), group=list(trunk), seed=seed)
+    rng = np.random.default_rng(0)
+    r = rng.standard_normal(len(rows)) + 3.0 * np.log(d) + 2.0 * (seed == 1)
+    between = within = 0.0
+    free_between = free_within = count = 0
+    for s, budgets in (("a", 4), ("b", 2)):
+        use = (size == s) & (d <= 8)
+        (one, free_one), (two, free_two) = left_over(r[use], d[use]), left_over(r[use], d[use], trunk[use])
+        between, free_between = between + one - two, free_between + free_one - free_two
+        within, free_within = within + two, free_within + free_two
+        count += budgets * (free_one - free_two)
+    within /= free_within
+    luck = (between / free_between - within) / (count / free_between)  # a mean square holds a trunk's luck so often
+    assert luck > 0
+    assert seed_variances(runs, r) == pytest.approx((luck, within, free_between, free_within))
+    assert (free_between, free_within) == (3, 7)
+    assert seed_variances(runs.select(seed == 0), r[seed == 0]) is None
+
+
+def test_the_spread_of_seeds_where_every_run_is_its_own_trunk() -> None:
+    size, seed, d = (np.array(c) for c in zip(*itertools.product("ab", range(3), (1, 2)), strict=True))
+    keep = (size == "a") | (seed == 0)  # size "b" has one seed: nothing to learn from it
+    runs = Runs.of(np.where(size == "a", 1e8, 2e8), d * 1e9, np.ones(len(d)), size=list(size), seed=seed).select(keep)
+    r = np.random.default_rng(1).standard_normal(int(keep.sum())) + d[keep]
+    squares, free = left_over(r[runs.size == "a"], runs.d[runs.size == "a"])
+    assert seed_variances(runs, r) == pytest.approx((0.0, squares / free, free, free))
+    assert free == 4
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.5, 3.0])
