@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from isofusion.config import ModelConfig
 from isofusion.errors import InputError
-from isofusion.study.spec import StudySpec, parse_tokens
+from isofusion.model.count import count_parameters
+from isofusion.study.spec import StudySpec, parameters_hint, parse_tokens, vocab_size
 
 TUNING = '\n[tuning]\narms = ["early"]\nlr_multipliers = [0.5, 1, 2]\n\n[train]\n'
 
@@ -64,6 +66,58 @@ def test_extra_seeds_repeat_one_corner(read) -> None:
     assert "early-s16-s1-trunk" not in names
 
 
+def test_extra_seeds_may_have_fewer_budgets(read) -> None:
+    names = [run.name for run in read(("seeds = [0]", extra(budgets=[5120]))).runs()]
+    assert [name for name in names if "-s1-" in name] == ["late-s16-s1-trunk", "late-s16-s1-d20"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("", {("early", "s16", 10), ("early", "s16", 20), ("early", "s32", 10), ("early", "s32", 20),
+              ("late", "s16", 10), ("late", "s16", 20)}),
+        ('sizes = ["s16"]', {("early", "s16", 10), ("early", "s16", 20), ("late", "s16", 10), ("late", "s16", 20)}),
+        ('arms = ["late"]\nbudgets = [5120]', {("late", "s16", 20)}),
+    ],
+)  # fmt: skip
+def test_a_sweep_takes_what_is_named_or_all_arms_and_the_ends(read, setting: str, expected: set) -> None:
+    """Of three budgets and three sizes the middle ones are left out where nothing is named."""
+    between = ("s32 = { width = 32 }", "s24 = { width = 24 }\ns32 = { width = 32 }")
+    spec = read(
+        ("\n[train]\n", TUNING.replace('arms = ["early"]', setting)), between, ("[2560, 5120]", "[2560, 3840, 5120]")
+    )
+    tuned = {(run.arm, run.size, run.end_step) for run in spec.runs() if run.variant and run.kind == "branch"}
+    assert tuned == expected
+
+
+def test_the_vocabulary_comes_from_the_tokenizer(toml: Path, tmp_path: Path) -> None:
+    model = {"vocab": {"a": 0, "b": 40}}
+    for name, tree in (
+        ("words", {"model": model, "added_tokens": [{"id": 41}]}),
+        ("list", {"model": {"vocab": [[], []]}}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(tree))
+    (tmp_path / "other.json").write_text('{"model": 3}')
+    assert vocab_size("world") == 512
+    assert vocab_size("train:300") == 300
+    assert vocab_size("words.json", str(tmp_path)) == vocab_size(str(tmp_path / "words.json")) == 42
+    assert vocab_size("list.json", str(tmp_path)) == 2
+    assert vocab_size("none.json", str(tmp_path)) is None  # only loading it can tell
+    with pytest.raises(InputError, match=r"other\.json: not a tokenizer\.json"):
+        vocab_size("other.json", str(tmp_path))
+    assert StudySpec.from_toml(toml, overrides=["data.tokenizer=train:300"]).runs()[0].model.vocab_size == 300
+
+
+def test_runs_are_weighed_by_about_their_active_parameters() -> None:
+    common = {"depth": 3, "head_dim": 32, "patch_size": 4, "vocab_size": 2000}
+    for model in (
+        ModelConfig(width=256, **common),
+        ModelConfig(width=128, fusion="late", encoder_width=256, encoder_depth=5, **common),
+        ModelConfig(width=256, n_experts=8, top_k=2, **common),
+    ):
+        assert parameters_hint(model) == pytest.approx(count_parameters(model).n_active, rel=0.03)
+
+
 def test_tuning_runs_have_their_own_names_and_rates(read) -> None:
     runs = read(("\n[train]\n", TUNING)).runs()
     tuned = [run for run in runs if run.variant]
@@ -89,6 +143,11 @@ def test_overrides_reach_every_level(toml: Path) -> None:
 @pytest.mark.parametrize(("text", "value"), [("0.5M", 500_000), ("2B", 2_000_000_000), ("1_000", 1000), (7, 7)])
 def test_reads_token_counts(text: object, value: int) -> None:
     assert parse_tokens(text) == value
+
+
+def extra(**changes: object) -> str:
+    one = {"arm": "late", "size": "s16", "seeds": [1]} | changes
+    return "extra_seeds = [{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in one.items()) + " }]"
 
 
 BRANCHES = [f"{arm}-s0-d{steps}" for arm in ("early-s16", "early-s32", "late-s16") for steps in (10, 20)]
@@ -136,6 +195,19 @@ BAD = [
     (("[train]", "[[train]]"), ["[train]: must be a table"]),
     (("[arms.train]", "[[arms.train]]"), ['arm "late": train: must be a table']),
     (("seeds = [0]", f"exclude = {json.dumps(BRANCHES)}"), ["[study]: exclude leaves no run to fit a law to"]),
+    (("seeds = [0]", extra(size="s17")), ["extra_seeds: size", '"s17"', "s16"]),
+    (("seeds = [0]", "seeds = [0]\n" + extra(seeds=[1, 0])), ["extra_seeds: seeds [0] already run everywhere"]),
+    (("seeds = [0]", extra(budgets=[2560, 9])), ["budget 9 is not one of the study's budgets [2560, 5120]"]),
+    (("\n[train]\n", TUNING.replace('arms = ["early"]', "budgets = [9]")), ["budget 9 is not one of"]),
+    (("\n[train]\n", TUNING.replace('arms = ["early"]', 'sizes = ["s17"]')), ["[tuning]: size", '"s17"']),
+    (("\n[train]\n", TUNING.replace("early", "erly")), ["[tuning]: arm", '"erly"', "early"]),
+    (('name = "late"\n', ""), ["arm number 2", '"name" is missing']),
+    (("s16 = { width = 16 }\ns32 = { width = 32 }", ""), ['arm "early": needs sizes']),
+    (("[arms.sizes]\ns16 = { width = 16 }\ns32 = { width = 32 }", "sizes = 16"), ['arm "early": needs sizes']),
+    (("s32 = { width = 32 }", "s32 = 32"), ['arm "early", size "s32": must be a table', "got 32"]),
+    (("val_rows = 2", 'tokenizer = "train:2k"'), ["[data]: tokenizer 'train:2k'", "train:VOCAB"]),
+    (("val_rows = 2", 'tokenizer = "train:299"'), ["[data]: tokenizer 'train:299'", ">= 300"]),
+    (('format = "world"', 'format = "webdataset", train = ["a.tar"]'), ["no source has validation files"]),
 ]
 
 

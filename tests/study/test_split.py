@@ -45,6 +45,9 @@ def test_the_split_with_the_least_time_is_taken_and_told(
     assert (split.jobs, split.threads) == (2, 2)
     assert "4 x 1: 5 min" in split.notes[0]
     assert split.notes[0].endswith(": 2 x 2")
+    probes(monkeypatch, {(4, 1): 300.0, (2, 2): 280.0, (1, 4): 260.0})
+    alone = module.choose_split(spec, tmp_path)
+    assert (alone.jobs, alone.threads) == (1, 4)
     lock = write_lock(tmp_path, spec, toml=None, jobs=split.jobs, threads=split.threads)
     assert read_lock(tmp_path)["threads"] == lock["threads"] == 2
 
