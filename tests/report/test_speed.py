@@ -19,7 +19,8 @@ def write(out: Path, run: str, **fields: Any) -> None:
 def test_a_trunk_counts_once_and_ratios_are_at_equal_flops(tmp_path: Path) -> None:
     more = {"input_wait_s": 1.0, "peak_memory": 5e6, "peak_flops_measured": 1e9, "peak_flops_datasheet": None}
     write(tmp_path, "e-trunk", own_tokens=800, tokens=800, flops={"total": 8e9}, own_flops=8e9, wall_s=8.0, **more)
-    write(tmp_path, "e-d1", own_tokens=100, tokens=500, flops={"total": 5e9}, own_flops=1e9, wall_s=1.0, **more)
+    smaller = more | {"peak_memory": 4e6}
+    write(tmp_path, "e-d1", own_tokens=100, tokens=500, flops={"total": 5e9}, own_flops=1e9, wall_s=1.0, **smaller)
     write(tmp_path, "e-d2", own_tokens=200, tokens=1000, flops={"total": 1e10}, own_flops=3e9, wall_s=1.0, **more)
     write(tmp_path, "l-d1", own_tokens=500, tokens=500, flops=4e9, wall_s=8.0)  # older: no own FLOPs, no memory
     rows = [
@@ -37,6 +38,9 @@ def test_a_trunk_counts_once_and_ratios_are_at_equal_flops(tmp_path: Path) -> No
     (pair,) = at_equal_flops([early, late], [("early", "late"), ("late-moe", "late")])
     assert pair["time_ratio"] == pytest.approx(0.5 / 1.2)
     assert pair["memory_difference"] is None
+    assert early["peak_memory"] == 5e6  # the largest of its runs
+    (pair,) = at_equal_flops([early, late | {"peak_memory": 7e6}], [("early", "late")])
+    assert pair["memory_difference"] == -2e6
 
 
 def test_without_a_time_there_is_no_speed() -> None:
