@@ -371,10 +371,17 @@ def test_the_report_never_imports_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def browser(profile: Path) -> list[str]:
+    """Chromium without a window, as the start of a command; the test is skipped where there is none."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no chromium here: pages are not laid out")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={profile}"]
+    return [found, *flags]
+
+
 def test_a_browser_shows_the_page_without_sideways_scroll(built: Any, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium here: the page's width on a phone is not measured")
     out, _, _ = built
     frame = tmp_path / "frame.html"
     # a phone is narrower than a headless window may be, so the page is measured inside a frame
@@ -385,19 +392,29 @@ def test_a_browser_shows_the_page_without_sideways_scroll(built: Any, tmp_path: 
         "document.getElementById('r').textContent='width '+d.scrollWidth+' of '+d.clientWidth;};"
         f"f.srcdoc={report};</script>"
     )
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += [
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-quic",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    command = [browser, *flags, "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
+    command = [*browser(tmp_path / "profile"), "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=90).stdout
     found = re.search(r"width (\d+) of (\d+)", shown)
     if found is None:
         pytest.skip("chromium gave no page here")
     assert int(found[1]) <= int(found[2])
+
+
+def test_paper_is_no_telephone(built: Any, tmp_path: Path) -> None:
+    """A sheet is narrower than the width below which the page takes a telephone's shape."""
+    out, _, page = built
+    narrow = page.index("(max-width:760px)")
+    assert page[narrow - len("@media screen and ") : narrow] == "@media screen and "
+    printed = page[page.index("@media print{") : page.index("</style>")]
+    assert ".scroll{overflow:visible" in printed  # what does not fit is not cut off
+    assert "h1,h2,h3{break-after:avoid}" in printed
+    assert ".warn details{display:block}" in printed  # "and 3 more" is said on paper too
+    sheets = tmp_path / "report.pdf"
+    command = [*browser(tmp_path / "profile"), f"--print-to-pdf={sheets}", (out / "report.html").as_uri()]
+    subprocess.run(command, capture_output=True, timeout=90)
+    if not sheets.exists():
+        pytest.skip("chromium printed nothing here")
+    assert 5 <= len(re.findall(rb"/Type\s*/Page\b(?!s)", sheets.read_bytes())) <= 12
 
 
 def test_a_repeated_seed_of_the_held_out_size_is_averaged(built: Any) -> None:

@@ -53,7 +53,7 @@ sup{font-size:.72em;line-height:0}
 code,pre{font:13px/1.45 "DejaVu Sans Mono",Menlo,Consolas,monospace}
 pre{background:var(--tint);padding:.7rem .8rem;overflow-x:auto}
 footer{margin-top:3rem;color:var(--muted);font-size:.85rem;overflow-wrap:anywhere}
-@media(max-width:760px){
+@media screen and (max-width:760px){
 body{font-size:16px}main{padding:1.2rem .9rem 3rem}
 .top{grid-template-columns:1fr}
 figure .wide{display:none}figure .narrow{display:block}
@@ -63,5 +63,14 @@ figure svg{margin:0 auto}
 dl{grid-template-columns:1fr;gap:0}dt{margin-top:.5rem}
 th,td{padding:.28rem .4rem}td .iv{display:block}
 }
-@media print{body{font-size:10.5pt}main{max-width:none;padding:0}figure,table{break-inside:avoid}details{display:none}}
+@media print{
+html{font-size:10pt}body{font-size:1rem;-webkit-print-color-adjust:exact;print-color-adjust:exact}main{max-width:none;padding:0}
+h2{margin-top:1.6rem}h1,h2,h3{break-after:avoid}
+figure,table,pre,li{break-inside:avoid}p,figcaption{orphans:3;widows:3}
+p,ul,figcaption{max-width:none}
+.scroll{overflow:visible;background:none}
+table{font-size:7.2pt}th,td{padding:.2rem .35rem}td .iv{display:block}
+pre{white-space:pre-wrap}
+details{display:none}.warn details{display:block}
+}
 """
