@@ -143,6 +143,12 @@ def test_a_link_to_a_file_that_is_gone_is_no_smaller_source(files, tmp_path):
     assert index_source(source(), tmp_path, "train", 0.0).n == 5
 
 
+def test_a_file_name_that_is_no_text_is_told_before_anything_is_trained(files, tmp_path):
+    files.tar(tmp_path / os.fsdecode(b"caf\xe9.tar"), pairs(files, 3))
+    with pytest.raises(InputError, match=r"source s: the file name .*/caf\\xe9\.tar is not UTF-8; rename it"):
+        index_source(source(), tmp_path, "train", 0.0)
+
+
 def test_missing_files_and_folders_are_named(files, tmp_path):
     with pytest.raises(InputError, match=r"no file matches '\*\.tar'"):
         index_source(source(), tmp_path, "train", 0.1)

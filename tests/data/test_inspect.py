@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pytest
@@ -77,6 +78,13 @@ def test_a_bad_file_does_not_hide_the_others(folder):
         assert isinstance(run.exception, InputError)
         assert str(run.exception).startswith("1 of 4 sets of files cannot be read (aaa.parquet):\n")
         assert all(name in run.output for name in ("pics.tar", "inter.tar", "text.jsonl"))
+
+
+def test_a_file_name_that_is_no_text_hides_no_other(folder):
+    (folder / "text.jsonl").rename(folder / os.fsdecode(b"te\xffxt.jsonl"))
+    found = {entry["name"]: entry.get("error") for entry in inspect(str(folder), **SMALL)}
+    assert found["pics.tar"] is None
+    assert str(found[r"te\xffxt.jsonl"]).endswith(r"te\xffxt.jsonl: the file name is not UTF-8; rename it")
 
 
 def test_a_compressed_tar_is_told_to_be_unpacked(folder):

@@ -320,7 +320,8 @@ class SourceIndex:
 
 def find_files(folder: Path, globs: tuple[str, ...], name: str, key: str) -> list[Path]:
     """Sorted files of the globs, relative to `folder`. Raises InputError for a glob that matches nothing, and for a
-    link to a file that is not there: without it the study would have less data than it seems to.
+    link to a file that is not there: without it the study would have less data than it seems to. And for a name that
+    is no text, which no key of a sample can hold.
     """
     if not globs:
         raise InputError(f"source {name} has no files: set {key} = ['FOLDER/*.tar'] or the like")
@@ -340,7 +341,14 @@ def find_files(folder: Path, globs: tuple[str, ...], name: str, key: str) -> lis
                 f"check {key} and the data folder (--data FOLDER)"
             )
         files.update(hits)
+    if odd := [path for path in files if printable(path) != str(path)]:
+        raise InputError(f"source {name}: the file name {printable(min(odd))} is not UTF-8; rename it")
     return sorted(files)
+
+
+def printable(path: Path) -> str:
+    """The path with bytes that are not UTF-8 written as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def source_files(source: SourceConfig, folder: Path, split: str) -> list[Path]:

@@ -16,6 +16,7 @@ from isofusion.config import DataConfig, SourceConfig, WorldConfig
 from isofusion.data import ahead
 from isofusion.data.batch import PackedBatch
 from isofusion.data.finite import Documents, FiniteSource
+from isofusion.data.index import printable
 from isofusion.data.readers import detect_format
 from isofusion.data.sample import DOMAINS, Segments
 from isofusion.data.stream import Stream
@@ -56,7 +57,7 @@ def inspect(
             try:
                 entries.append(_files(name, fmt, files, about, settings, tokenizer or "train:4096", rows, samples))
             except InputError as error:
-                head = {"name": name, "format": fmt, "domain": about, "files": [str(f) for f in files]}
+                head = {"name": name, "format": fmt, "domain": about, "files": [printable(f) for f in files]}
                 entries.append({**head, "error": str(error)})
         if all("error" in entry for entry in entries):
             raise InputError("\n".join(entry["error"] for entry in entries))
@@ -91,7 +92,7 @@ def find_groups(source: str, format: str | None = None) -> dict[tuple[str, str],
     named = {}
     for (series, kind, folder), some in groups.items():
         name = folder.relative_to(top) / (series if len(some) > 1 else some[0].name)
-        named[name.as_posix(), kind] = some
+        named[printable(name), kind] = some
     return named
 
 
@@ -104,6 +105,8 @@ def _series(name: str) -> str:
 def _files(
     name: str, format: str, files: list[Path], domain: str, settings: dict, tokenizer: str, rows: int, samples: int
 ) -> dict[str, Any]:
+    if odd := [file for file in files if printable(file) != str(file)]:
+        raise InputError(f"{printable(odd[0])}: the file name is not UTF-8; rename it")
     globs = [glob.escape(str(f.resolve())) for f in files]
     label = re.sub(r"[:\s]", "_", name)  # as the keys of samples can hold it
     config: dict[str, Any] = {"name": label, "domain": domain, "format": format, "weight": 1.0, "train": globs}
