@@ -14,6 +14,7 @@ import pytest
 
 from isofusion.config import DataConfig, SourceConfig
 from isofusion.data import endless, patches, stream
+from isofusion.data.duplicates import leaks
 from isofusion.data.sample import Image, Sample, Text
 from isofusion.data.stream import Stream
 from isofusion.errors import InputError
@@ -250,6 +251,18 @@ def test_near_duplicates(files, tmp_path):
     }
     assert "source cap: 1 of 3 whole texts of validation are in training too" in report["warnings"]
     assert any(w.startswith("source cap: 2 of 3 images") for w in report["warnings"])
+    told = {e["name"]: e["leaks"] for e in report["sources"] if e["leaks"]}
+    assert told == {"cap": ["2 of 3 images of validation are in training too: its loss is too low"]}
+
+
+def test_a_stray_copy_in_training_is_no_leak() -> None:
+    counts = {"documents": 200, "same_text": 2, "paragraphs": 100, "same_paragraph": 1, "images": 0, "same_image": 0}
+    counts |= {"images_checked": 0, "near_image": 0}
+    assert leaks(counts) == []
+    assert leaks(counts | {"same_text": 3}) == [
+        "3 of 200 whole texts of validation are in training too: its loss is too low"
+    ]
+    assert leaks(counts | {"same_text": 90, "images": 200, "images_checked": 200}) == []  # captions: "a dog"
 
 
 @pytest.mark.timeout(60)  # packing every epoch would take days

@@ -226,6 +226,18 @@ def test_a_domain_that_was_trained_and_not_validated_is_left_open(planted: Any, 
     assert line.startswith("Anything about the domain text")
 
 
+def test_validation_that_was_trained_on_is_a_warning(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    rows = [row for row in rows if row["arm"] == "early"]
+    longest = max(rows, key=lambda row: row["tokens"])["run"]
+    leak = "40 of 40 images of validation are in training too: its loss is too low"
+    ledger = {"sources": [{"name": "photos", "epochs": 0.5, "leaks": [leak]}, {"name": "prose", "leaks": []}]}
+    (tmp_path / "s" / "runs" / longest / "data.json").write_text(json.dumps(ledger))
+    page = undrawn(analyse(tmp_path / "s", rows))
+    assert f"<b>validation-seen</b> photos: {leak}" in page
+
+
 def test_a_failed_fit_becomes_a_warning(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out, tmp_path / "s")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from isofusion.errors import InputError
 from isofusion.study import estimate as module
 from isofusion.study.estimate import estimate, nominal_shape, schedule
-from isofusion.study.run import refuse_what_does_not_fit
+from isofusion.study.run import prepare, refuse_what_does_not_fit
 from isofusion.study.spec import StudySpec
 
 
@@ -41,6 +42,19 @@ def test_costs_every_run(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found.sources == [{"name": "captions", "epochs": None, "unique_tokens": found.sources[0]["unique_tokens"]}]
     assert found.problems == []
     assert not (tmp_path / "out").exists()
+
+
+def test_validation_files_that_are_training_files_are_told(toml: Path, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("torch", reason="training needs the [train] extra")
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    lines = [{"text": f"{n} bottles of {n * n} on the wall, {'and on ' * 9}"} for n in range(200)]
+    (tmp_path / "prose.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = '{ name = "s", domain = "text", format = "text", weight = 1, train = ["*.jsonl"], val = ["*.jsonl"] }'
+    toml.write_text(re.sub("sources = .*", f'tokenizer = "train:300"\nsources = [{source}]', toml.read_text()))
+    spec = StudySpec.from_toml(toml, data=tmp_path)
+    told = "source s: 200 of 200 whole texts of validation are in training too: its loss is too low"
+    assert told in estimate(spec, out=tmp_path / "out", jobs=1, threads=1, probe=False).notes
+    assert told in prepare(spec)
 
 
 WITHOUT_EXTRA = """

@@ -92,8 +92,8 @@ def test_a_gpu_study_is_prepared_before_its_runs_start(spec: StudySpec, monkeypa
         def __init__(self, *settings: object) -> None:
             pass
 
-        def near_duplicates(self) -> None:
-            pass
+        def near_duplicates(self) -> dict:
+            return {}
 
     calls: list[tuple] = []
     monkeypatch.setattr("isofusion.data.stream.Stream", Nothing)

@@ -17,6 +17,7 @@ from isofusion.data.index import SourceIndex
 
 DISTANCE = 2
 PAIRS = 200_000_000
+STRAY = 0.01  # of validation: copies in training below this share are told in data.json only
 _ONES = np.array([bin(i).count("1") for i in range(1 << 16)], np.uint8)
 
 
@@ -64,3 +65,18 @@ def near_duplicates(train: Sequence[SourceIndex], val: SourceIndex) -> dict[str,
     }
     cache.write_bytes(place, json.dumps(counts).encode())
     return counts
+
+
+def leaks(counts: dict[str, int]) -> list[str]:
+    """What of a source's validation was trained on, where it is more than a stray copy.
+
+    Short texts of pictures repeat by chance ("a dog"): there the pictures count.
+    """
+    kinds = [("near_image", "images_checked", "images"), ("same_paragraph", "paragraphs", "long paragraphs")]
+    if not counts["images"]:
+        kinds.append(("same_text", "documents", "whole texts"))
+    return [
+        f"{counts[one]:,} of {counts[many]:,} {what} of validation are in training too: its loss is too low"
+        for one, many, what in kinds
+        if counts[one] > STRAY * counts[many]
+    ]

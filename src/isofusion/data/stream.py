@@ -17,7 +17,7 @@ import numpy as np
 from isofusion.config import DataConfig, SourceConfig
 from isofusion.data import cache, patches, tokenizer
 from isofusion.data.batch import PackedBatch
-from isofusion.data.duplicates import near_duplicates
+from isofusion.data.duplicates import leaks, near_duplicates
 from isofusion.data.endless import WorldSource, split_seed
 from isofusion.data.finite import Documents, FiniteSource
 from isofusion.data.index import SourceIndex, index_source
@@ -232,7 +232,8 @@ class Stream:
         Per source: rows, documents (whole or their last piece), text_tokens and image_tokens (slots, no padding),
         unique_tokens, unique_images, epochs (None: endless), estimated, bad counts by reason with examples, cut
         (documents longer than a row), truncated (always 0: nothing is thrown away), realised shares, near_duplicates
-        (of its validation files with any training file; None without such files), warnings.
+        (of its validation files with any training file; None without such files), leaks (sentences, where these are
+        many), warnings.
         """
         total = steps * self.rows_per_step
         rows = self.quota.before(total)
@@ -240,7 +241,8 @@ class Stream:
         out: list[dict[str, Any]] = []
         for s, count in zip(self.sources, rows.tolist(), strict=True):
             entry = {"name": s.name, "domain": s.domain, "rows": count, **s.ledger(count)}
-            out.append({**entry, "near_duplicates": twice.get(s.name), "warnings": []})
+            found = twice.get(s.name)
+            out.append({**entry, "near_duplicates": found, "leaks": leaks(found) if found else [], "warnings": []})
         tokens = [e["text_tokens"] + e["image_tokens"] for e in out]
         documents = [e["documents"] for e in out]
         for i, entry in enumerate(out):

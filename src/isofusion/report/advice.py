@@ -132,6 +132,7 @@ def warnings(a: Analysis) -> list[dict[str, Any]]:
         if (s.get("epochs") or 0) > MANY_EPOCHS:
             text = f"repeated {s['epochs']:.1f} times (more than {MANY_EPOCHS:g} epochs): its D is not all fresh"
             found.append(("repetition", text, str(s.get("name"))))
+        found += [("validation-seen", leak, str(s.get("name"))) for leak in s.get("leaks") or ()]
     untuned = [arm for arm, t in a["tuning"].items() if t["verdict"] != "tuned"]
     if untuned:
         details = "; ".join(dict.fromkeys(a["tuning"][arm]["detail"] for arm in untuned))
@@ -152,6 +153,7 @@ def warnings(a: Analysis) -> list[dict[str, Any]]:
 _ORDER = (
     "no-fit",
     "below-bound",
+    "validation-seen",
     "unread",
     "unfinished",
     "exponent-at-bound",

@@ -212,7 +212,7 @@ def methods(a: Analysis) -> str:
     add("Data fingerprint", m["fingerprint"])
     if m["world"]:
         add("World", ", ".join(f"{k} {v}" for k, v in m["world"].items()))
-    repeated = [f"{x['name']} {x['epochs']:.1f}" for x in m["sources"] if x.get("epochs")]
+    repeated = [f"{x['name']} {x['epochs']:.2g}" for x in m["sources"] if x.get("epochs")]
     add(
         "Epochs (longest run)",
         ", ".join(repeated) if repeated else "no source repeats (endless)" if s["world"] else None,

@@ -241,6 +241,7 @@ def estimate(
         for s in sources
         if s["epochs"] is not None and s["epochs"] > EPOCHS_WARN
     ]
+    notes += [f"source {s['name']}: {leak}" for s in sources for leak in s.get("leaks", ())]
     return Estimate(rows, sources, totals, notes, problems, here)
 
 
@@ -285,11 +286,12 @@ def schedule(runs: list[RunConfig], seconds: list[float], jobs: int) -> float:
 
 
 def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Name, domain, epochs (None for the endless world) and unique tokens of each source, from a stream's report."""
+    """Name, epochs (None for the endless world), unique tokens and any leaks of each source, from a stream's report."""
     found = report["sources"]
     items = found.items() if isinstance(found, dict) else [(source["name"], source) for source in found]
     return [
         {"name": name, "epochs": source.get("epochs"), "unique_tokens": source.get("unique_tokens")}
+        | ({"leaks": source["leaks"]} if source.get("leaks") else {})
         for name, source in items
     ]
 

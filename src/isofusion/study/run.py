@@ -34,12 +34,14 @@ class Interrupted(Exception):
 def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
     """Once, before the workers: torch is there, and the data can be read (index, tokenizer and caches are built).
 
-    Returns what a person should know of the data before it is used: bad samples that are left out, domains that are
-    never validated. Raises InputError where the data is not what an earlier session of the study in `out` used.
+    Returns what a person should know of the data before it is used: bad samples that are left out, validation that is
+    in training too, domains that are never validated. Raises InputError where the data is not what an earlier session
+    of the study in `out` used.
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("training needs torch: pip install 'isofusion[train]'")
     from isofusion.data import ahead
+    from isofusion.data.duplicates import leaks
     from isofusion.data.generate import generate
     from isofusion.data.stream import Stream
     from isofusion.study.gpu import gpu_bytes, measure_peak
@@ -58,13 +60,13 @@ def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
     if out is not None:
         found = {split: {s.name: s.digest for s in stream.sources} for split, stream in streams.items()}
         pin_data(out, found | {"text": {"the tokenizer": streams["train"].tokenizer.digest}})
-    streams["train"].near_duplicates()
+    twice = streams["train"].near_duplicates()
     if gpu_bytes() is not None:  # a GPU reads the world faster than one process draws it
         longest = max(spec.runs(), key=lambda run: run.end_step * run.train.rows_per_step)
         seeds = sorted({run.seed for run in spec.runs()})
         generate(spec.data, seeds, longest.train.rows_per_step, longest.end_step, cores())
         measure_peak()
-    notes = spec.notes()
+    notes = spec.notes() + [f"source {name}: {leak}" for name, found in twice.items() for leak in leaks(found)]
     for split, stream in streams.items():
         for index in (source.index for source in stream.sources if hasattr(source, "index")):
             if index.bad:
