@@ -214,8 +214,13 @@ def test_data_that_cannot_be_read_leaves_no_lock_behind(toml: Path, tmp_path: Pa
     monkeypatch.setattr("isofusion.study.run.run_study", lambda *_, **__: None)
     monkeypatch.setattr("isofusion.cli.study.report_command", lambda out: None)
     assert call("study", "run", toml, "--data", "data", "--jobs", 1) == 0
-    assert "note: source t (train): left out: wrong type 1; first: a.jsonl: 41: wrong type" in capsys.readouterr().err
+    note = "note: source t (train): left out: wrong type 1; first: a.jsonl: 41: wrong type"
+    assert note in capsys.readouterr().err
     assert Path("runs/small/study.lock").exists()
+    assert call("study", "lock", toml, "--out", "apart", "--data", "data", "--jobs", 1) == 0
+    assert note not in capsys.readouterr().err  # a lock reads no data
+    assert call("study", "run", toml, "--out", "apart", "--jobs", 1) == 0
+    assert note in capsys.readouterr().err
 
 
 def test_a_domain_that_nothing_validates_is_said_before_it_is_locked(toml: Path, capsys) -> None:

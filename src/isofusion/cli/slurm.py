@@ -115,7 +115,7 @@ def run(
     if dry_run:
         _print_scripts(slurm.scripts(spec, out, request, threads, queued=_queued(spec, out), report=report))
         return False
-    if not locked:
+    if not locked or not (out / "runs").exists():
         for note in prepare(spec):
             print(f"note: {note}", file=sys.stderr)
     write_lock(

@@ -218,9 +218,10 @@ def run_command(
         jobs, threads = split.jobs, split.threads
         for note in split.notes:
             print(f"note: {note}", file=sys.stderr)
-    if not (out / "runs").exists():
+    begun = (out / "runs").exists()
+    if not begun:
         refuse_what_does_not_fit(spec, out, jobs)
-    if not (out / LOCK).exists():
+    if not begun or not (out / LOCK).exists():
         # before the lock: data that cannot be read must not leave one behind that then refuses the mended study
         for note in prepare(spec):
             print(f"note: {note}", file=sys.stderr)
