@@ -116,14 +116,16 @@ def test_a_cache_that_cannot_be_written_says_so(folder: Path, tmp_path: Path, mo
 
 
 def test_many_files_are_indexed_at_once_to_the_same_index(
-    files, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "isofusion.data")
     one_by_one = indexed(folder)
     wanted = contents(one_by_one)
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "other"))
     source = {"name": "s", "domain": "caption", "format": "webdataset", "weight": 1, "train": ("*.tar",)}
     data = DataConfig(folder=str(folder), sources=(source,), image_size=16, patch_size=8)
     assert ahead.index(data, ("train",), processes=2, least=0) == 2
+    assert caplog.messages[-1] == "reading the data: 2 files, 0 MB, 2 at a time"
     monkeypatch.setattr(index, "_build", None)  # all of it is there
     again = indexed(folder)
     assert again.digest == one_by_one.digest

@@ -6,8 +6,10 @@ Exit codes: 0 done, 2 bad input, 1 failed, 128 + signal when stopped.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -71,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Every foreseen trouble is one message on stderr and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        build(arguments)(args=arguments, prog_name="isofusion")
+        with _slow_work_told():
+            build(arguments)(args=arguments, prog_name="isofusion")
     except InputError as error:
         _end(str(error), 2)
     except RunFailure as error:
@@ -94,6 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if type(error).__name__ == "ValidationError" and type(error).__module__.startswith("pydantic"):
             _end(explain(error), 2)  # type: ignore[arg-type]
         raise
+
+
+@contextmanager
+def _slow_work_told() -> Iterator[None]:
+    """What works for long says how far it is through the logger `isofusion` (data/slow.py); shown on stderr."""
+    log, handler = logging.getLogger("isofusion"), logging.StreamHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _end(message: str, code: int) -> None:

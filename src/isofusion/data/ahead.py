@@ -16,6 +16,7 @@ from typing import Any
 from isofusion.config import DataConfig
 from isofusion.data import patches
 from isofusion.data.index import index_file, is_indexed, source_files
+from isofusion.data.slow import Slow, log
 from isofusion.data.stream import data_folder, finite_sources
 from isofusion.errors import InputError
 from isofusion.processors import end_with_parent
@@ -36,8 +37,11 @@ def index(data: DataConfig, splits: Iterable[str], processes: int, least: int = 
     parts = [(source, split) for split in splits for source in finite_sources(data, split)]
     files = [[(path, s.format) for path in source_files(s, folder, split)] for s, split in parts]
     todo = [(*file, number) for number, some in enumerate(files) for file in some if not is_indexed(*file)]
-    if len(todo) < 2 or processes < 2 or sum(path.stat().st_size for path, *_ in todo) < least:
+    whole = sum(path.stat().st_size for path, *_ in todo)
+    if len(todo) < 2 or processes < 2 or whole < least:
         return 0
+    processes, slow = min(processes, len(todo)), Slow("reading the data")
+    log.info("reading the data: %d files, %s MB, %d at a time", len(todo), f"{whole / 1e6:,.0f}", processes)
     context = multiprocessing.get_context("spawn")
     left = [context.Array("q", [patches.STORE_BYTES]) for _ in parts]
     for number, some in enumerate(files):  # what is there counts first
@@ -46,9 +50,10 @@ def index(data: DataConfig, splits: Iterable[str], processes: int, least: int = 
                 index_file(*file, shape, patches.Budget(shared=left[number]))
     with (
         suppress(BrokenProcessPool),  # killed, for its memory perhaps: one by one it may go
-        ProcessPoolExecutor(min(processes, len(todo)), context, _start, (left,)) as pool,
+        ProcessPoolExecutor(processes, context, _start, (left,)) as pool,
     ):
-        list(pool.map(_index, *zip(*todo, strict=True), [shape] * len(todo)))
+        for done, _ in enumerate(pool.map(_index, *zip(*todo, strict=True), [shape] * len(todo)), 1):
+            slow.at("{} of {} files", done, len(todo))
     return sum(is_indexed(path, format) for path, format, _ in todo)
 
 

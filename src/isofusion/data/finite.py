@@ -23,6 +23,7 @@ from isofusion.data.order import permutation
 from isofusion.data.pack import IMAGE, Piece, Rows, best_fit, build, cut
 from isofusion.data.readers import Reader, open_reader
 from isofusion.data.sample import DOMAINS, BadSample, Segments
+from isofusion.data.slow import Slow
 from isofusion.data.tokenizer import JsonTokenizer
 from isofusion.errors import InputError
 
@@ -95,7 +96,9 @@ class TokenStore:
 
 def _tokenise(folder: Path, documents: Documents, tokenizer: JsonTokenizer) -> None:
     seg_ptr, seg_len, parts = [0], [], []
+    slow = Slow(f"tokenising source {documents.index.name}")
     for start in range(0, len(documents), BATCH):
+        slow.at("{:,} of {:,} documents", start, len(documents))
         batch = [documents.raw(d) for d in range(start, min(start + BATCH, len(documents)))]
         coded = iter(tokenizer.encode_many([s for segments in batch for s in segments if isinstance(s, str)]))
         for segments in batch:

@@ -12,7 +12,9 @@ import glob
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from isofusion.data import cache, patches
 from isofusion.data.images import BrokenImage, decode, dhash
 from isofusion.data.readers import Reader, open_reader
 from isofusion.data.sample import BadSample, Found, Segments
+from isofusion.data.slow import Slow
 from isofusion.errors import InputError
 
 VERSION = 1
@@ -87,12 +90,17 @@ _ARRAYS = (
 
 
 def index_file(
-    path: Path, format: str, shape: patches.Shape | None = None, budget: patches.Budget | None = None
+    path: Path,
+    format: str,
+    shape: patches.Shape | None = None,
+    budget: patches.Budget | None = None,
+    progress: Callable[[int], None] = lambda samples: None,
 ) -> FileIndex:
     """Index of one file, from the cache when path, size and modification time are the same. Raises InputError.
 
     Where it is built, the patches of its images are stored on the way in this `shape`, if they fit the `budget`
-    (default: patches.STORE_BYTES); where it is there, a store that is there too is taken from it.
+    (default: patches.STORE_BYTES); where it is there, a store that is there too is taken from it. `progress` is told
+    the number of samples before each is read.
     """
     budget = budget or patches.Budget(patches.STORE_BYTES)
     place, stat = _place(path, format)
@@ -113,7 +121,7 @@ def index_file(
             if shape is not None:
                 near = patches.place(place.stem, format, shape)  # the contents are not known yet
                 writer = stack.enter_context(contextlib.closing(patches.Writer(near, budget)))
-            index = _build(reader, path, format, stat.st_size, stat.st_mtime_ns, shape, writer)
+            index = _build(reader, path, format, stat.st_size, stat.st_mtime_ns, progress, shape, writer)
             if writer is not None and shape is not None and _place(path, format)[0] == place:  # it did not change
                 writer.keep(patches.place(index.sha256, format, shape))
         plain, arrays = ({name: getattr(index, name) for name in names} for names in (_PLAIN, _ARRAYS))
@@ -151,6 +159,7 @@ def _build(
     format: str,
     size: int,
     mtime_ns: int,
+    progress: Callable[[int], None],
     shape: patches.Shape | None = None,
     writer: patches.Writer | None = None,
 ) -> FileIndex:
@@ -177,6 +186,7 @@ def _build(
     lengths: list[int] = []
     paragraphs: list[int] = []
     for item in reader.refs():
+        progress(len(keys))
         if isinstance(item, BadSample):
             count(item)
             continue
@@ -365,7 +375,12 @@ def index_source(
     Raises InputError: no file, or too much of it bad.
     """
     budget = patches.Budget(patches.STORE_BYTES)
-    files = tuple(index_file(path, source.format, shape, budget) for path in source_files(source, folder, split))
-    index = SourceIndex(source.name, source.format, files)
+    paths = source_files(source, folder, split)
+    slow = Slow(f"reading source {source.name} ({split})")
+    files = []
+    for number, path in enumerate(paths, 1):
+        progress = partial(slow.at, "file {} of {}, {}, {:,} samples", number, len(paths), path.name)
+        files.append(index_file(path, source.format, shape, budget, progress))
+    index = SourceIndex(source.name, source.format, tuple(files))
     index.refuse_if_bad(max_bad_share)
     return index

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from isofusion.data import cache
+from isofusion.data.slow import Slow
 from isofusion.errors import InputError
 
 RESERVED: dict[str, tuple[str, ...]] = {
@@ -175,12 +176,14 @@ def train(size: int, texts: Callable[[], Iterable[str]], corpus: str) -> JsonTok
 
 
 def _bounded(texts: Iterable[str]) -> Iterator[str]:
-    left = TRAIN_BYTES
+    left, slow = TRAIN_BYTES, Slow("training the tokenizer")
     for text in texts:
         yield text
         left -= len(text)
+        slow.at("{:.0f} MB of text read", (TRAIN_BYTES - left) / 1e6)
         if left < 0:
-            return
+            break
+    slow.at("learning its tokens")
 
 
 def _train(size: int, texts: Iterable[str]) -> str:
