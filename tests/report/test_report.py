@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import math
 import pickle
@@ -19,13 +20,16 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
-from isofusion.report import advice, evidence, render, tables_evidence, text, words
+from isofusion.report import advice, evidence, render, tables, tables_evidence, text, words
 from isofusion.report.analysis import analyse
 from isofusion.report.figures import NAMES, compute_optimal
 from isofusion.report.lawside import fit_arm, frontier
+from isofusion.report.methods import methods, read_json
 from isofusion.report.page import DRAW, build_report
 from isofusion.report.page import page as compose
 from isofusion.report.style import NARROW, WIDE, arm_styles, log_ticks, themed
+
+STUDY = {"name": "planted", "world": False, "seeds": [0], "description": "", "assumed": "", "compute_label": "C"}
 
 
 @pytest.fixture(scope="session")
@@ -217,6 +221,27 @@ def test_damaged_losses_of_documents_are_left_out(planted: Any, tmp_path: Path) 
         assert not any(entry["docs"] for entry in found)
 
 
+def test_another_image_that_was_not_shown_is_no_zero(planted: Any, tmp_path: Path) -> None:
+    """Of three documents one has most of the pictures: eval_docs.npz repeats the true loss, eval.json has none."""
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    rows = [row for row in rows if row["arm"] == "early"]
+    place = tmp_path / "s" / evidence.champions(rows)["early"]["eval_path"]
+    found = json.loads(place.read_text())
+    found["domains"]["interleaved"]["shuffled"] = None
+    place.write_text(json.dumps(found))
+    with np.load(place.with_name("eval_docs.npz")) as docs:
+        arrays = dict(docs)
+    np.savez(
+        place.with_name("eval_docs.npz"), **(arrays | {"interleaved/doc_shuffled": arrays["interleaved/doc_true"]})
+    )
+    use = evidence.image_use(tmp_path / "s", rows)
+    assert [("d_shuffled" in r, "d_blind" in r) for r in use] == [(True, True), (False, True)]
+    caption = text.image_use({"image_use": use, "entropy": {}})
+    assert "Too few validation documents of interleaved have images" in caption
+    assert "early interleaved" not in caption
+
+
 def test_a_domain_that_was_trained_and_not_validated_is_left_open(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out, tmp_path / "s")
@@ -238,6 +263,30 @@ def test_validation_that_was_trained_on_is_a_warning(planted: Any, tmp_path: Pat
     assert f"<b>validation-seen</b> photos: {leak}" in page
 
 
+@pytest.mark.parametrize(
+    ("lock", "command"),
+    [
+        ({}, "planted.toml"),
+        ({"toml": "mine.toml", "data": None, "overrides": []}, "mine.toml"),
+        (
+            {"toml": "studies/a b.toml", "data": "shards", "overrides": ["train.lr=0.01"]},
+            "'studies/a b.toml' --data shards --set train.lr=0.01",
+        ),
+        ({"toml": "/home/ann/x.toml", "data": "/secret/place"}, "x.toml --data FOLDER"),
+    ],
+)
+def test_the_command_is_the_one_that_was_typed(
+    planted: Any, tmp_path: Path, lock: dict[str, Any], command: str
+) -> None:
+    out, rows = planted
+    (tmp_path / "study.lock").write_text(json.dumps(json.loads((out / "study.lock").read_text()) | lock))
+    found = methods(tmp_path, read_json(tmp_path / "study.lock") or {}, rows, [], [], {"study": STUDY})
+    page = tables.methods({"methods": found, "study": STUDY, "tuning": {}})
+    assert f"isofusion study run {html.escape(command)} --out runs/planted-again</pre>" in page
+    assert "/home" not in page
+    assert "/secret" not in page
+
+
 def test_a_failed_fit_becomes_a_warning(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out, tmp_path / "s")
@@ -246,7 +295,8 @@ def test_a_failed_fit_becomes_a_warning(planted: Any, tmp_path: Path) -> None:
     a = analyse(tmp_path / "s", few)
     page = undrawn(a)
     assert not a["fits"]["late"]["caption"]["ok"]
-    assert "2 model sizes" in a["fits"]["late"]["caption"]["reason"]
+    assert a["fits"]["late"]["caption"]["reason"].startswith("2 model sizes")
+    assert "late / caption, late / interleaved and late / text: no law: 2 model sizes" in page
     assert a["warnings"][0]["code"] == "no-fit"
     assert a["answer"]["without_law"] == ["late"]
     assert "No law, and so no rank, for late" in page
@@ -331,6 +381,23 @@ def test_real_data_without_entropy_or_documents(planted: Any, tmp_path: Path) ->
     page = undrawn(analyse(tmp_path / "s", bare))
     assert "Whether another architecture would do better" in page
     assert "Dotted: the oracle entropy" not in page
+    assert "Fitted irreducible loss against the oracle entropy" not in page
+
+
+def test_a_legend_names_what_is_drawn_and_can_be_seen(built: Any) -> None:
+    _, a, _ = built
+
+    def legend(name: str, a: dict[str, Any]) -> dict[str, Any]:
+        layers = DRAW[name](a, WIDE).to_dict()["concat"][0]["layer"]
+        return next(layer["encoding"]["color"] for layer in layers if "color" in layer["encoding"])
+
+    own = [{**r, "oracle": None, "bound": None} for r in a["classes"]]  # real data: nobody knows its entropy
+    arms = a["study"]["arms"]
+    assert legend("loss-by-class", a)["scale"]["domain"] == [*arms, "oracle entropy", "learner's bound", "chance"]
+    assert legend("loss-by-class", a | {"classes": own})["scale"]["domain"] == [*arms, "chance"]
+    open_marks = [{**p, "heldout": False} for p in a["predicted"]]
+    assert legend("predicted-against-observed", a)["legend"]["symbolStrokeWidth"] == 0
+    assert legend("predicted-against-observed", a | {"predicted": open_marks})["legend"]["symbolStrokeWidth"] > 0
 
 
 def test_no_finished_run_is_an_input_error(tmp_path: Path) -> None:

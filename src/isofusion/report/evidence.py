@@ -209,8 +209,8 @@ def image_use(out: Path, rows: list[Row]) -> list[dict[str, Any]]:
             item: dict[str, Any] = {"arm": arm, "run": row["run"], "domain": domain}
             item |= {"true": true, "shuffled": other, "blind": blind, "docs": 0}
             arrays = docs.get(domain, {})
-            for kind in ("shuffled", "blind"):
-                if "targets" in arrays and "true" in arrays and kind in arrays:
+            for kind in ("shuffled", "blind"):  # a kind without a loss was not measured: its array repeats the true one
+                if item[kind] is not None and "targets" in arrays and "true" in arrays and kind in arrays:
                     item["docs"] = len(arrays["targets"])
                     item[f"d_{kind}"] = paired(arrays["targets"], arrays[kind] - arrays["true"])
             if true is not None and any(v is not None and v != true for v in (other, blind)):  # text has no image

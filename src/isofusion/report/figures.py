@@ -303,6 +303,7 @@ def predicted_against_observed(a: Analysis, layout: Layout) -> Chart | None:
     if not domains:
         return None
     columns, width = layout.panel(len(domains), margin=64)
+    outline = 0 if any(p["heldout"] for p in a["predicted"]) else 1.1
     panels = []
     for domain in domains:
         rows = [p for p in a["predicted"] if p["domain"] == domain]
@@ -311,7 +312,7 @@ def predicted_against_observed(a: Analysis, layout: Layout) -> Chart | None:
         y = alt.Y("predicted:Q", **style.linear_axis(values, "predicted loss (nats/token)", ticks=4))
         ends = [{"observed": v, "predicted": v} for v in (min(values), max(values))]
         line = alt.Chart(rows_of(ends)).mark_line(color="#9aa0a6", strokeWidth=1).encode(x=x, y=y)
-        colour, shape = style.arm_colour(arms), style.arm_shape(arms)
+        colour, shape = style.arm_colour(arms, outline=outline), style.arm_shape(arms, outline=outline)
         fitted = [p for p in rows if not p["heldout"]]
         held = [p for p in rows if p["heldout"]]
         inside = alt.Chart(rows_of(fitted)).mark_point(size=30, strokeWidth=1.1, opacity=0.7)

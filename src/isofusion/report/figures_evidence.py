@@ -16,7 +16,12 @@ from isofusion.report.figures import NAMES, Analysis, Chart, rows_of
 from isofusion.report.panels import grid, layered
 from isofusion.report.style import Layout
 
-_MARKS = {"oracle entropy": "#000000", "learner's bound": "#a07d1f", "chance": "#9aa0a6"}
+_MARKS = {
+    "oracle entropy": ("#000000", "oracle"),
+    "learner's bound": ("#a07d1f", "bound"),
+    "chance": ("#9aa0a6", "chance"),
+}
+"""Reference lines: colour, and the field of a class that holds the value."""
 _TICK = "M-0.13,-1.1H0.13V1.1H-0.13Z"  # a thin upright bar, in Vega's unit square
 
 
@@ -28,12 +33,14 @@ def losses_by_class(a: Analysis, layout: Layout) -> Chart | None:
     columns = max(1, len(groups)) if layout.name == "wide" else 1
     width = int(layout.width / columns - 118)
     styles = style.arm_styles(arms)
-    names = [*arms, *_MARKS]
-    colours = alt.Scale(domain=names, range=[*(styles[arm]["colour"] for arm in arms), *_MARKS.values()])
-    shapes = alt.Scale(domain=names, range=[*(styles[arm]["shape"] for arm in arms), *[_TICK] * len(_MARKS)])
+    marks = [name for name, (_, field) in _MARKS.items() if any(r.get(field) is not None for r in a["classes"])]
+    names = [*arms, *marks]
+    colours = [*(styles[arm]["colour"] for arm in arms), *(_MARKS[name][0] for name in marks)]
+    scale = alt.Scale(domain=names, range=colours)
+    shapes = alt.Scale(domain=names, range=[*(styles[arm]["shape"] for arm in arms), *[_TICK] * len(marks)])
     per_line = 4 if layout.name == "wide" else 2
     legend = alt.Legend(orient="top", title=None, columns=per_line, symbolSize=70, symbolOpacity=1)
-    colour = alt.Color("name:N", scale=colours, legend=legend, title=None)
+    colour = alt.Color("name:N", scale=scale, legend=legend, title=None)
     shape = alt.Shape("name:N", scale=shapes, legend=legend, title=None)
     for domain in groups:
         rows = [r for r in a["classes"] if r["domain"] == domain]
@@ -42,8 +49,8 @@ def losses_by_class(a: Analysis, layout: Layout) -> Chart | None:
         refs = []
         seen = set()
         for r in rows:
-            for name, field in (("oracle entropy", "oracle"), ("learner's bound", "bound"), ("chance", "chance")):
-                value = r.get(field)
+            for name in marks:
+                value = r.get(_MARKS[name][1])
                 if value is not None and (r["label"], name) not in seen:
                     seen.add((r["label"], name))
                     refs.append({"label": r["label"], "name": name, "v": value})

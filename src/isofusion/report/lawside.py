@@ -58,10 +58,15 @@ def fit_arm(rows: list[dict[str, Any]], arm: str, domains: list[str], compute: s
             intervals[domain] = bootstrap(fits[domain], DRAWS, level=LEVEL, seed=zlib.crc32(arm.encode()))
         except (InputError, np.linalg.LinAlgError, FloatingPointError, ValueError) as error:
             fits.pop(domain, None)
-            failures[domain] = str(error) or type(error).__name__
+            failures[domain] = _why(error, arm, domain)
     if not runs:
         raise InputError(f"arm {arm}: no domain has usable losses: {'; '.join(failures.values())}")
     return ArmLaws(arm, runs, smooth_cost(next(iter(runs.values()))), fits, intervals, failures)
+
+
+def _why(error: Exception, arm: str, domain: str) -> str:
+    """What an error says, without the name of the arm and domain that it is kept under."""
+    return str(error).replace(f"{arm} / {domain}: ", "") or type(error).__name__
 
 
 def smooth_cost(runs: Runs) -> Cost:
@@ -263,7 +268,7 @@ def holdout(laws: ArmLaws, domain: str, points: list[dict[str, Any]]) -> dict[st
     try:
         held = hold_out(runs, largest_size(runs), what="the largest size", draws=DRAWS, grid=8)
     except (InputError, np.linalg.LinAlgError, ValueError) as error:
-        return {"ok": False, "reason": str(error)}
+        return {"ok": False, "reason": _why(error, laws.arm, domain)}
     found = held.to_dict()
     largest = float(held.held.n.max())
     entry: dict[str, Any] = {

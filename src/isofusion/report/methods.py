@@ -6,6 +6,7 @@ A file that is missing or damaged leaves its field None; the page then says that
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def methods(
     return {
         "locked_at": lock.get("locked_at"),
         "lock_digest": lock.get("digest"),
-        "study_file": Path(lock["toml"]).name if lock.get("toml") else None,
+        "again": _command(lock),
         "holdout": (lock.get("analysis") or {}).get("holdout"),
         "metric": (lock.get("analysis") or {}).get("metric"),
         "later_changes": changes,
@@ -74,6 +75,19 @@ def methods(
         "flops_trained": trained_flops,
         "largest": {arm: row["run"] for arm, row in best.items()},
     }
+
+
+def _command(lock: dict[str, Any]) -> str | None:
+    """What to type after `isofusion study run` for the same study; of absolute paths, which may tell of people and
+    machines, only what is needed.
+    """
+    if not lock.get("toml"):
+        return None
+    toml, data = Path(lock["toml"]), lock.get("data")
+    words = [toml.name if toml.is_absolute() else str(toml)]
+    if data:
+        words += ["--data", "FOLDER" if Path(data).is_absolute() else str(data)]
+    return shlex.join(words + [word for change in lock.get("overrides") or () for word in ("--set", change)])
 
 
 def _cost(out: Path, rows: list[dict[str, Any]]) -> tuple[float | None, float | None, float | None]:

@@ -59,16 +59,17 @@ def arm_styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def arm_colour(arms: Sequence[str], legend: bool = True) -> alt.Color:
+def arm_colour(arms: Sequence[str], legend: bool = True, outline: float = 0) -> alt.Color:
+    """`outline` is the width of the legend's strokes: all that is seen of it where every mark is open."""
     styles = arm_styles(arms)
     scale = alt.Scale(domain=list(arms), range=[styles[a]["colour"] for a in arms])
-    return alt.Color("arm:N", scale=scale, legend=_legend() if legend and len(arms) > 1 else None, title=None)
+    return alt.Color("arm:N", scale=scale, legend=_legend(outline) if legend and len(arms) > 1 else None, title=None)
 
 
-def arm_shape(arms: Sequence[str], legend: bool = True) -> alt.Shape:
+def arm_shape(arms: Sequence[str], legend: bool = True, outline: float = 0) -> alt.Shape:
     styles = arm_styles(arms)
     scale = alt.Scale(domain=list(arms), range=[styles[a]["shape"] for a in arms])
-    return alt.Shape("arm:N", scale=scale, legend=_legend() if legend and len(arms) > 1 else None, title=None)
+    return alt.Shape("arm:N", scale=scale, legend=_legend(outline) if legend and len(arms) > 1 else None, title=None)
 
 
 def arm_dash(arms: Sequence[str]) -> alt.StrokeDash:
@@ -77,9 +78,15 @@ def arm_dash(arms: Sequence[str]) -> alt.StrokeDash:
     return alt.StrokeDash("arm:N", scale=scale, legend=_legend() if len(arms) > 1 else None, title=None)
 
 
-def _legend() -> alt.Legend:
+def _legend(outline: float = 0) -> alt.Legend:
     return alt.Legend(
-        orient="top", direction="horizontal", title=None, columns=2, symbolSize=70, symbolOpacity=1, symbolStrokeWidth=0
+        orient="top",
+        direction="horizontal",
+        title=None,
+        columns=2,
+        symbolSize=70,
+        symbolOpacity=1,
+        symbolStrokeWidth=outline,
     )
 
 

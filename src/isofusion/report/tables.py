@@ -186,7 +186,10 @@ def _irreducible(a: Analysis) -> str:
     head = ["arm", "domain", "fitted E", "oracle entropy", "bias", "width of the interval", "oracle in the interval"]
     fits = [f for by_domain in a["fits"].values() for f in by_domain.values()]
     reasons = dict.fromkeys(f["refused"]["E"] for f in fits if f.get("refused", {}).get("E"))
-    why = "".join(f"<p>No interval where {esc(r)}.</p>" for r in reasons)
+    start = "No interval where" if rows else "E has no interval where"
+    why = "".join(f"<p>{start} {esc(r)}.</p>" for r in reasons)
+    if not rows:  # nobody knows the entropy of real data
+        return why
     return folded("Fitted irreducible loss against the oracle entropy", table(head, rows, left=(1,)) + why)
 
 
@@ -268,9 +271,8 @@ def methods(a: Analysis) -> str:
     machine = {k: v for k, v in m["environment"].items() if isinstance(v, (str, int, float)) and k not in m["versions"]}
     add("Machine", ", ".join(f"{k} {v}" for k, v in machine.items()))
     rows = "".join(f"<dt>{esc(k)}</dt><dd>{esc(str(v))}</dd>" for k, v in pairs)
-    study = m["study_file"] or f"{s['name']}.toml"
-    steps = [f"study estimate studies/{study}", f"study run studies/{study}", f"study report studies/{study}"]
-    again = "\n".join(f"isofusion {step}" for step in steps)
+    study = m["again"] or f"{s['name']}.toml"
+    again = f"isofusion study estimate {study}\nisofusion study run {study} --out runs/{s['name']}-again"
     return f"<h2>Methods</h2><dl>{rows}</dl><h2>Do it again</h2><pre>{esc(again)}</pre>"
 
 

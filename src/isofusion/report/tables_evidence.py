@@ -117,7 +117,8 @@ def _holdout(a: Analysis) -> str:
     noise = _noise(a)
     detail = table(["arm", "domain", "D, tokens", "observed", "predicted"], runs, left=(1,))
     more = folded("Held-out runs one by one", detail)
-    return f"<h3>Hold-out</h3>{table(head, rows, left=(1, 2))}{why}{more}{noise}"
+    shown = table(head, rows, left=(1, 2)) if runs else "<p>Not possible; the warnings say why.</p>"
+    return f"<h3>Hold-out</h3>{shown}{why}{more}{noise}"
 
 
 def _carried(mean: dict[str, Any]) -> str:

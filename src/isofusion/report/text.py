@@ -25,7 +25,8 @@ def headline(a: Analysis) -> list[str]:
     s, found = a["study"], []
     ref, ten, best_run = a["answer"]["ref"], a["answer"]["ten"], a["answer"]["best_run"]
     if ref is None:
-        reason = next((f["reason"] for by in a["fits"].values() for f in by.values() if not f.get("ok")), "no fit")
+        failed = ((arm, domain, f) for arm, by in a["fits"].items() for domain, f in by.items() if not f.get("ok"))
+        reason = next((f"{arm} / {domain}: {f['reason']}" for arm, domain, f in failed), "no fit")
         found.append(f"No law could be fitted, so there is no compute-optimal answer ({reason}).")
         if best_run:
             found.append(
@@ -93,7 +94,8 @@ def _how_sure(ref: dict[str, Any], level: float) -> list[str]:
 def loss_against_flops(a: Analysis) -> str:
     key = mean_key(a)
     text = f"{a['study']['runs']} runs; lines: compute-optimal loss of each arm's law, N inside the trained sizes, "
-    text += f"with {percent(a['study']['level'], 0)} bands."
+    text += f"with {percent(a['study']['level'], 0)} bands"
+    text += "; dashes tell arms apart, no more." if len(a["study"]["arms"]) > 1 else "."
     rows = (a["answer"]["ref"] or {"arms": []})["arms"]
     if rows:
         at = "; ".join(f"{r['arm']} {fixed(r['loss'])} {interval(r['loss_interval'])}" for r in rows)
@@ -227,6 +229,8 @@ def loss_by_class(a: Analysis) -> str:
     text = "Each arm's largest run. "
     if any(r.get("oracle") is not None for r in a["classes"]):
         text += "Ticks: oracle entropy (what no model can pass), learner's bound at this D, chance. "
+    elif any(r.get("chance") is not None for r in a["classes"]):
+        text += "Ticks: chance, a guess among all tokens. "
     parts, m = [], None
     for arm in a["study"]["arms"]:
         pooled = pooled_fusion(a, arm)
@@ -287,7 +291,7 @@ def pooled_fusion(a: Analysis, arm: str) -> dict[str, Any] | None:
 
 
 def image_use(a: Analysis) -> str:
-    parts, unsure = [], []
+    parts, unsure, alone = [], [], []
     for r in a["image_use"]:
         d = r.get("d_shuffled")
         if d:
@@ -303,7 +307,11 @@ def image_use(a: Analysis) -> str:
                 f"interval)"
             )
             unsure.append(f"{r['arm']} on {NAMES[r['domain']]}")
+        elif NAMES[r["domain"]] not in alone:
+            alone.append(NAMES[r["domain"]])
     text = "Largest run of each arm. No image: grey patches; another image: one of the same set. "
+    if alone:
+        text += f"Too few validation documents of {listed(alone)} have images to show each another's (data.val_rows). "
     if not parts:
         return text.strip()
     text += f"What another image costs, paired by document, in nats/token: {'; '.join(parts)}. "
