@@ -280,3 +280,21 @@ def test_an_override_that_every_size_hides_is_refused(tmp_path: Path) -> None:
         StudySpec.from_toml(toml, overrides=["train.lr=0.01"])
     spec = StudySpec.from_toml(toml, overrides=["arms.early.sizes.s16.lr=0.01"])
     assert next(run for run in spec.runs() if run.arm == "early" and run.size == "s16").train.lr == 0.01
+
+
+def test_a_ladder_too_small_for_a_law_is_said_before_it_is_trained(read) -> None:
+    assert read().notes() == [
+        "no law can be fitted to 2 x 2 (sizes x budgets): it takes 3 x 3 (arm early)",
+        "no law can be fitted to 1 x 2 (sizes x budgets): it takes 3 x 3 (arm late)",
+    ]
+
+
+def test_the_study_of_the_guide_reads_and_can_be_judged(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(guide.partition("```toml\n")[2].partition("```")[0])
+    assert StudySpec.from_toml(path, overrides=["model.vocab_size=4096"]).notes() == []
+    path.write_text(path.read_text().replace("s48 =", "# s48 ="))
+    assert StudySpec.from_toml(path, overrides=["model.vocab_size=4096"]).notes() == [
+        "no hold-out can test a law of 3 sizes: without the largest, too few are left to fit one (arm early, late)"
+    ]

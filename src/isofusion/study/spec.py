@@ -24,6 +24,7 @@ from isofusion.study.checks import apply_override, choice, distinct, known_keys,
 
 MULTIPLIERS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 WARMUP_SHARE = 0.1  # of the smallest budget (docs/study-file.md)
+FEWEST = 3  # model sizes, and token budgets, that a law takes (laws.fit.fewest)
 REMARKS = ("title", "description", "assumed")  # words for people; changing them changes no run
 SIZE_TRAIN_KEYS = ("lr", "warmup_steps", "encoder_lr_scale")
 METRIC = "validation loss per domain after the cool-down, nats per target token"
@@ -211,11 +212,23 @@ class StudySpec(Frozen):
 
     def notes(self) -> list[str]:
         """What is allowed and may yet be an oversight."""
-        return [
+        found = [
             f"no source of domain {domain} has validation files (val = [...]): the study trains on it, and neither its "
             f"loss nor its law will be known; the mean over domains leaves it out"
             for domain in self.data.unvalidated
         ]
+        said: dict[str, list[str]] = {}
+        branches = [run for run in self.runs() if run.kind == "branch" and not run.variant]
+        for arm in self.arms:
+            fitted = [run for run in branches if run.arm == arm.name and run.name not in self.exclude]
+            sizes, budgets = len({run.size for run in fitted}), len({run.budget_tokens for run in fitted})
+            if sizes < FEWEST or budgets < FEWEST:
+                text = f"no law can be fitted to {sizes} x {budgets} (sizes x budgets): it takes {FEWEST} x {FEWEST}"
+                said.setdefault(text, []).append(arm.name)
+            elif self.holdout == "largest-size" and sizes == FEWEST:
+                text = f"no hold-out can test a law of {sizes} sizes: without the largest, too few are left to fit one"
+                said.setdefault(text, []).append(arm.name)
+        return found + [f"{text} (arm {', '.join(arms)})" for text, arms in said.items()]
 
     def arm(self, name: str, where: str = "arm") -> ArmSpec:
         choice(name, [arm.name for arm in self.arms], f"{where}: arm")
