@@ -33,6 +33,7 @@ def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
         else:
             text = item["msg"].removeprefix("Value error, ")
             if item["type"] != "value_error":
+                text = "write a list, [...]" if item["type"] in ("tuple_type", "list_type") else text
                 text = f"{text[0].lower()}{text[1:]}, got {item['input']!r}"
             parts.append(": ".join(filter(None, [".".join(keys), text])))
     more = error.error_count() - 3

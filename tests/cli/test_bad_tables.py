@@ -156,6 +156,12 @@ class Endless(io.RawIOBase):
         return len(text)
 
 
+def test_a_study_file_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[study]\n")
+    with pytest.raises(InputError, match=r"mine\.toml: this is a study's file, no table; .* e\.g\. runs/mine"):
+        read_runs(tmp_path / "mine.toml")
+
+
 def test_an_open_file_is_not_read_to_its_end() -> None:
     source = Endless()
     with pytest.raises(InputError, match="no column for n"):  # said before two gigabytes of a history are read

@@ -6,8 +6,11 @@ import gzip
 import json
 import lzma
 import os
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -15,6 +18,7 @@ from isofusion.cli.data import _bar, app
 from isofusion.data.inspect import find_groups, inspect, segments
 from isofusion.errors import InputError
 
+GUIDE = (Path(__file__).parents[2] / "docs/own-data.md").read_text(encoding="utf-8")
 SMALL = {"row_len": 64, "image_size": 16, "patch_size": 8, "tokenizer": "train:300"}
 
 
@@ -87,6 +91,37 @@ def test_a_file_name_that_is_no_text_hides_no_other(folder):
     assert str(found[r"te\xffxt.jsonl"]).endswith(r"te\xffxt.jsonl: the file name is not UTF-8; rename it")
 
 
+def test_what_is_not_looked_at_is_named(folder, caplog):
+    caplog.set_level("INFO", "isofusion.data")
+    (folder / "pictures").mkdir()
+    find_groups(str(folder))
+    find_groups(str(folder / "*.tar"))
+    assert caplog.messages == ["not looked at: README.md, pictures/"]
+    for number in range(20):
+        (folder / f"{number:02}.jpg").touch()
+    find_groups(str(folder))
+    assert caplog.messages[1].endswith("03.jpg, 04.jpg, 05.jpg, 06.jpg, 07.jpg, and 14 more")
+
+
+def test_other_layouts_are_packed_as_the_guide_does_it(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(files.image(1))
+    (tmp_path / "images/a.txt").write_text("a picture")
+    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "noise"}]
+    (tmp_path / "llava_train.json").write_text(json.dumps([{"image": "a.jpg", "conversations": said}]))
+    rows = {"image": [{"bytes": files.image(2), "path": "b.png"}], "text": ["another"]}
+    pq.write_table(pa.table(rows), tmp_path / "b.parquet")
+    names: dict = {}
+    exec(GUIDE.partition("```python\n")[2].partition("```")[0], names)
+    names["write"]("folder-0.tar", names["folder"]("images"))
+    names["write"]("rows-0.tar", names["parquet"]("b.parquet"))
+    texts = {e["name"]: e["samples"][0]["text"] for e in inspect("*.tar", **SMALL)}
+    assert {name: text.partition("] ")[2] for name, text in texts.items()} == {
+        "folder-0.tar": "a picture", "rows-0.tar": "another", "train-000000.tar": "What is it? noise",
+    }  # fmt: skip
+
+
 def test_a_compressed_tar_is_told_to_be_unpacked(folder):
     for name, packed in (("a.tar.gz", gzip.compress), ("b.tgz", gzip.compress), ("c.tar.xz", lzma.compress)):
         (folder / name).write_bytes(packed((folder / "inter.tar").read_bytes()))
@@ -136,8 +171,10 @@ def test_troubles_are_input_errors(files, tmp_path):
         with pytest.raises(InputError, match="nothing at"):
             inspect(source, **SMALL)
     (tmp_path / "x.csv").write_text("a")
-    with pytest.raises(InputError, match="known format"):
+    with pytest.raises(InputError, match=r"known format .*JSON of LLaVA or COCO .*Other layouts"):
         inspect(str(tmp_path), **SMALL)
+    with pytest.raises(InputError, match=r"^format: input should be 'world', .* got 'csv'$"):
+        inspect(str(tmp_path / "x.csv"), format="csv", **SMALL)
     (tmp_path / "x.tar").write_bytes(b"junk")
     with pytest.raises(InputError, match="not a tar file 1"):
         inspect(str(tmp_path / "x.tar"), **SMALL)

@@ -405,3 +405,12 @@ def test_what_lies_behind_the_end_of_a_tar_is_no_silent_loss(how: str, files, tm
     assert found.unread > 0.3 * len(whole)
     path.write_bytes(whole + bytes(8192))  # padding is none
     assert index_file(path, "webdataset").bad == {}
+
+
+def test_a_key_with_a_dot_is_explained(files, tmp_path):
+    members = [
+        (f"photo.v1.{n}.{kind}", files.image(n) if kind == "jpg" else b"x") for n in range(9) for kind in ("jpg", "txt")
+    ]
+    [example] = index_file(files.tar(tmp_path / "a.tar", members), "webdataset").examples
+    has = "has .v1.0.jpg, .v1.0.txt, .v1.1.jpg, .v1.1.txt, ...; a key ends at the first dot of a name"
+    assert example == ["photo", "missing image", has]

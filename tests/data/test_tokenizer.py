@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,8 @@ def test_missing_reserved_tokens_are_named_with_the_remedy(tmp_path):
 
 
 def test_unreadable_files(tmp_path):
+    with pytest.raises(InputError, match=r"tokenizer gpt2: .*; .* path of a tokenizer\.json, no name"):
+        load(Path("gpt2"))
     with pytest.raises(InputError, match="cannot read the tokenizer"):
         load(tmp_path / "none.json")
     (tmp_path / "x.json").write_text("{}")

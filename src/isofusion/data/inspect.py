@@ -19,12 +19,14 @@ from isofusion.data.finite import Documents, FiniteSource
 from isofusion.data.index import printable
 from isofusion.data.readers import detect_format
 from isofusion.data.sample import DOMAINS, Segments
+from isofusion.data.slow import log
 from isofusion.data.stream import Stream
 from isofusion.errors import InputError, explain
 from isofusion.processors import cores
 
 DOMAIN_OF = {"webdataset": "caption", "interleaved": "interleaved", "text": "text"}
 EXCERPT = 200  # characters of a sample
+NAMED = 8  # files of no known format
 SUFFIX = re.compile(r"\.(tar|tgz|parquet|jsonl|ndjson)(\.(gz|zst|zstd|bz2|xz))?$", re.IGNORECASE)
 SHARD = re.compile(r"[-_. ]?\d+([-_.]of[-_.]\d+(-[0-9a-f]{16})?)?$")  # 000, -00000-of-00004, the same with a digest
 
@@ -53,7 +55,7 @@ def inspect(
             return _world(settings, domain, tokenizer, rows, samples)
         entries = []
         for (name, fmt), files in find_groups(source, format).items():
-            about = domain or DOMAIN_OF.get(fmt, "")
+            about = domain or DOMAIN_OF.get(fmt, DOMAINS[0])
             try:
                 entries.append(_files(name, fmt, files, about, settings, tokenizer or "train:4096", rows, samples))
             except InputError as error:
@@ -82,9 +84,11 @@ def find_groups(source: str, format: str | None = None) -> dict[tuple[str, str],
     found = [(file, kind) for file in files if (kind := format or detect_format(file)) is not None]
     if not found:
         raise InputError(
-            f"no file of {source!r} has a known format (.tar, .parquet, .jsonl, .jsonl.gz, .jsonl.zst): "
-            f"name it with --format webdataset, interleaved or text"
+            f"no file of {source!r} has a known format (.tar, .parquet, .jsonl, .jsonl.gz, .jsonl.zst): name it with "
+            f"--format webdataset, interleaved or text; folders of pictures, JSON of LLaVA or COCO and the like are "
+            f"packed first (docs/own-data.md, Other layouts)"
         )
+    _tell_passed_over(path, files, {file for file, _ in found})
     top = os.path.commonpath([file.parent for file, _ in found])
     groups: dict[tuple[str, str, Path], list[Path]] = {}
     for file, kind in found:
@@ -94,6 +98,19 @@ def find_groups(source: str, format: str | None = None) -> dict[tuple[str, str],
         name = folder.relative_to(top) / (series if len(some) > 1 else some[0].name)
         named[printable(name), kind] = some
     return named
+
+
+def _tell_passed_over(path: Path, files: list[Path], known: set[Path]) -> None:
+    """Files of no known format, and folders beside files that were found."""
+    rest = [file for file in files if file not in known]
+    if path.is_dir():
+        entered = {parent for file in files for parent in file.parents}
+        rest += sorted(p for p in path.iterdir() if p.is_dir() and p not in entered)
+    names = [printable(Path(p.name)) + "/" * p.is_dir() for p in rest]
+    if len(names) > NAMED:
+        names = [*names[:NAMED], f"and {len(names) - NAMED:,} more"]
+    if names:
+        log.info("not looked at: %s", ", ".join(names))
 
 
 def _series(name: str) -> str:

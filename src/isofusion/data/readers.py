@@ -129,7 +129,9 @@ class WebDataset:
         for key, parts in groups.items():
             none = (-1, 0)
             if "image" not in parts:
-                yield BadSample(key, "missing image", f"has {', '.join('.' + s for s in parts)}")
+                has = ", ".join("." + s for s in [*parts][:4]) + (", ..." if len(parts) > 4 else "")
+                dots = "; a key ends at the first dot of a name" if any("." in s for s in parts) else ""
+                yield BadSample(key, "missing image", f"has {has}{dots}")
             elif "txt" not in parts and "json" not in parts:
                 yield BadSample(key, "missing caption", "neither .txt nor .json")
             else:

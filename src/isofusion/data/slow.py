@@ -1,4 +1,4 @@
-"""Work on the data that takes long says how far it is, through the logger `isofusion.data`.
+"""What is said while data is read goes through the logger `isofusion.data`: how far work is that takes long.
 
 The command line shows these lines on stderr (cli/main.py). Workers and libraries do not: there they go nowhere.
 """

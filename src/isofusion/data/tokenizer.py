@@ -153,7 +153,10 @@ def load(path: Path) -> JsonTokenizer:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read the tokenizer {path}: {reason}") from error
+        hub = (
+            "; a tokenizer is train:VOCAB or the path of a tokenizer.json, no name on a hub" if not path.suffix else ""
+        )
+        raise InputError(f"cannot read the tokenizer {path}: {reason}{hub}") from error
     return JsonTokenizer(content, str(path))
 
 

@@ -77,6 +77,10 @@ def _file(source: str | Path) -> Table:
         raise InputError(f"{path}: no such file; {HINT}")
     if path.is_dir():
         raise InputError(f"{path}: this is a folder; {HINT}")
+    if path.suffix == ".toml":
+        raise InputError(
+            f"{path}: this is a study's file, no table; give the folder of the study, e.g. runs/{path.stem}"
+        )
     handle = path.open("rb")
     try:
         return replace(_bytes(handle, str(path), path), close=handle.close)
