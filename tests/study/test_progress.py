@@ -77,3 +77,16 @@ def test_a_terminal_gets_a_live_table(toml: Path) -> None:
     assert "4/16" in text
     assert "2.5000" in text
     assert "1/9 runs" in text
+
+
+def test_the_time_left_has_a_line_of_its_own(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the bar it was cut off at 80 columns."""
+    configs = {run.name: run for run in StudySpec.from_toml(toml).runs()}
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=80)
+    shown = make_progress(configs, set(), Console(width=80, force_terminal=True))
+    shown.started("early-s16-s0-trunk")
+    shown.event({"event": "progress", "run": "early-s16-s0-trunk", "step": 10})
+    monkeypatch.setattr(shown, "summary", lambda: "12/90 runs, 1 failed, 31.4K tokens/s, about 2 h 05 min left")
+    console.print(shown.render())
+    assert "12/90 runs, 1 failed, 31.4K tokens/s, about 2 h 05 min left" in buffer.getvalue().splitlines()

@@ -212,7 +212,9 @@ class RichProgress(Progress):
         total = sum(cost_hint(config) for config in self.configs.values())
         done = sum(cost_hint(self.configs[name]) for name in self.done)
         done += sum(cost_hint(job.config) * job.share for job in self.jobs.values())
-        return Group(table, ProgressBar(total=total, completed=done, width=60), Text(self.summary()))
+        whole = Table.grid()  # a bar ends no line of its own
+        whole.add_row(ProgressBar(total=total, completed=done, width=60))
+        return Group(table, whole, Text(self.summary()))
 
 
 def make_progress(configs: dict[str, RunConfig], done: set[str], console: Console) -> Progress:
