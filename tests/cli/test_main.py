@@ -149,3 +149,15 @@ def test_small_models_and_small_files_need_megabytes_and_not_0_gigabytes(tmp_pat
     shown = capsys.readouterr().out
     assert "1, 960 B" in shown
     assert "440 B, " in shown
+
+
+def test_counts_take_units_and_no_option_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    def call(*arguments: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit):
+            cli.main(["count", *arguments])
+        return tuple(capsys.readouterr())  # type: ignore[return-value]
+
+    assert call("early-275m", "--tokens", "100B", "--json") == call("early-275m", "--tokens", "1e11", "--json")
+    assert "'100X' is not a number; write e.g. 1.3e9, 1.3B" in call("early-275m", "--tokens", "100X")[1]
+    out, error = call("--depth", "4", "--experts", "8")
+    assert (out, error) == ("", "error: --depth, --experts: only a model of your own takes that; give its --width\n")

@@ -264,6 +264,7 @@ def test_run_ends_with_the_path_of_the_report(toml: Path, monkeypatch, capsys: p
     assert call("study", "run", toml, "--out", "here", "--jobs", 1, "--resume") == 0
     assert seen["spec"].arms[0].sizes[0].train.lr == 0.25
     assert call("study", "report", "here") == 0
+    assert "fitting the laws of here and drawing its page ...\n" in capsys.readouterr().err
 
 
 def test_failures_and_signals_have_their_codes(toml: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from isofusion.cli.plan import quantity
 from isofusion.config import ModelConfig
 from isofusion.errors import InputError
 
@@ -26,7 +27,9 @@ def command(
     experts: Annotated[int, typer.Option(help="Experts per block; 0 is a dense model.")] = 0,
     top_k: Annotated[int, typer.Option(help="Experts per token.")] = 1,
     routing: Annotated[str, typer.Option(help="agnostic or modality-routed.")] = "agnostic",
-    tokens: Annotated[float, typer.Option(help="Token budget D, text and patches.")] = 1e9,
+    tokens: Annotated[
+        float, typer.Option(parser=quantity, metavar="<number>", help="Token budget D, text and patches: 1e11, 100B.")
+    ] = 1e9,
     image_share: Annotated[float, typer.Option(help="Share of D that is patches.")] = 0.544,
     context: Annotated[int, typer.Option(help="Slots per row; documents are taken to fill it.")] = 1024,
     patches: Annotated[int, typer.Option(help="Patches per image.")] = 256,
@@ -50,6 +53,16 @@ def command(
         raise InputError(f"--precision {precision} is unknown; choose fp32 or bf16")
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device} is unknown; choose cpu or cuda")
+    own: dict[str, object] = {
+        "--depth": depth != 24,
+        "--head-dim": head_dim != 64,
+        "--vocab": vocab != 50432,
+        "--patch": patch != 14,
+    }
+    own |= {"--ffn-multiple": ffn_multiple != 256, "--encoder-width": encoder_width, "--top-k": top_k != 1}
+    own |= {"--encoder-head-dim": encoder_head_dim, "--experts": experts, "--routing": routing != "agnostic"}
+    if width is None and (lost := [flag for flag, given in own.items() if given]):
+        raise InputError(f"{', '.join(lost)}: only a model of your own takes that; give its --width")
     chosen: dict[str, ModelConfig] = {}
     for name in names or ([] if width else PAPER_MODELS):
         if name not in PAPER_MODELS:

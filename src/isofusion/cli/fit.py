@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isofusion.cli.columns import FILE_HELP, TableOptions, reads_table
+from isofusion.cli.plan import quantity
 from isofusion.cli.second import second_process
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ def command(
     file: Annotated[Path, typer.Argument(help=FILE_HELP)],
     table: TableOptions,
     compute: Annotated[
-        list[float] | None, typer.Option("--compute", help="FLOPs to plan for, e.g. 1e20; may be repeated.")
+        list[float] | None,
+        typer.Option(
+            "--compute", parser=quantity, metavar="<number>", help="FLOPs to plan for, e.g. 1e20; may be repeated."
+        ),
     ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Also write one HTML page with every figure, e.g. fit.html.")

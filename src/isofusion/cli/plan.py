@@ -156,6 +156,19 @@ def number(flag: str, text: str | None) -> float:
     return value
 
 
+def quantity(text: str) -> float:
+    """1e11, 100B: the `parser` of an option that counts tokens or FLOPs; its sign is the command's matter."""
+    from isofusion.errors import InputError
+
+    try:
+        return float(text)
+    except ValueError:
+        try:
+            return number("", text)
+        except InputError:
+            raise typer.BadParameter(f"{text!r} is not a number; write e.g. 1.3e9, 1.3B or 1e22") from None
+
+
 def fitted(
     runs: Path, table: TableOptions, columns: str | None, draws: int, resample: str = "hierarchical"
 ) -> tuple[Any, str | None]:

@@ -308,6 +308,7 @@ def status_command(
 def report_command(target: Folder, out: Out = None) -> None:
     """Fit the laws to what is done and write OUT/report.html; its path is the last line."""
     folder = _folder(target, out)
+    print(f"fitting the laws of {folder} and drawing its page ...", file=sys.stderr)
     with second_process("isofusion.report.analysis") as pool:
         from isofusion.report.page import build_report  # while the other process imports its part
 
