@@ -198,7 +198,7 @@ BAD = [
     (("seeds = [0]", f"exclude = {json.dumps(BRANCHES)}"), ["[study]: exclude leaves no run to fit a law to"]),
     (("seeds = [0]", extra(size="s17")), ["extra_seeds: size", '"s17"', "s16"]),
     (("seeds = [0]", "seeds = [0]\n" + extra(seeds=[1, 0])), ["extra_seeds: seeds [0] already run everywhere"]),
-    (("seeds = [0]", extra(budgets=[2560, 9])), ["budget 9 is not one of the study's budgets [2560, 5120]"]),
+    (("seeds = [0]", extra(budgets=[2560, 9])), ["budget 9 is not one of the budgets [2560, 5120]"]),
     (("\n[train]\n", TUNING.replace('arms = ["early"]', "budgets = [9]")), ["budget 9 is not one of"]),
     (("\n[train]\n", TUNING.replace('arms = ["early"]', 'sizes = ["s17"]')), ["[tuning]: size", '"s17"']),
     (("\n[train]\n", TUNING.replace("early", "erly")), ["[tuning]: arm", '"erly"', "early"]),
