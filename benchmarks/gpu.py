@@ -1,13 +1,14 @@
 """One GPU: tokens/s, MFU by the exact ledger, memory against its prediction, and several small runs at once.
 
-    python benchmarks/gpu.py [--sections check,main,jobs,sizes] [--seconds 480] [--out FILE.json] [--add] [--smoke]
-                             [--peer nanogpt=FOLDER] [--peer nanochat=FOLDER] [--peer olmo-core=FOLDER]
+    python benchmarks/gpu.py [--sections main,check,text,sizes,jobs,graphs] [--seconds 480] [--out FILE.json] [--add]
+                             [--peer nanogpt=FOLDER] [--peer nanochat=FOLDER] [--peer olmo-core=FOLDER] [--smoke]
 
+main   early 932M; late 1B; 8 experts (top-1) at 932M active, beside the dense model at equal rows
 check  small models on the GPU: their losses beside the CPU's, and waits for the device inside a step
-main   early 932M; on text alone, beside a plain Llama step and the `--peer` check-outs in the same shape, at equal
-       rows; late 1B; 8 experts (top-1) at 932M active, beside the dense model at equal rows
-jobs   1, 4 and 8 small runs sharing the card: tokens/s of all of them together
+text   early 932M on text alone, beside a plain Llama step and the `--peer` check-outs in the same shape, at equal rows
 sizes  all six sizes of early and late fusion: tokens/s, MFU, memory; late over early at equal FLOPs (the paper's Fig 4)
+jobs   1, 4 and 8 small runs sharing the card: tokens/s of all of them together
+graphs small steps as one CUDA graph, and with eight times the rows: what graphs and stacked seeds could give at most
 
 Rows are 1,024 slots, 45-45-10 captions, interleaved, text, bf16; a step takes as many as are predicted to fit, and
 fewer where they do not. The floor of every step is its FLOPs over the GEMM rate measured here; `mfu` is against that,
@@ -17,13 +18,14 @@ Experts and dense are compared at equal rows, one batch each: one optimizer step
 Where the dense model takes more rows, the experts' step is also measured at as many in micro-batches; that costs them
 one forward pass more, which the exact balance loss needs.
 
-Several sections run in a process each, one after another, so that an error that leaves the device unusable, or a crash,
-costs only its own. What does not fit in `--seconds`, all sections together, is listed as left out; a section may take
-two minutes more to end. The JSON is written after every model, and `--add` adds to it. Exit status 3 where something
-failed, which is listed. In two calls of less than 10 minutes each, compilation included:
+Sections run in this order, in a process each: an error that leaves the device unusable, a crash or a model that takes
+longer than MODEL_SECONDS costs that model, and a new process goes on behind it. What does not fit in `--seconds`, all
+sections together, is listed as left out; a section may take two minutes more to end. The JSON is written after every
+model, and `--add` adds to it. Exit status 3 where something failed, which is listed. In two calls of less than 10
+minutes each, compilation included:
 
-    python benchmarks/gpu.py --sections check,main --seconds 400
-    python benchmarks/gpu.py --sections jobs,sizes --seconds 400 --add
+    python benchmarks/gpu.py --sections main,check,text --seconds 400
+    python benchmarks/gpu.py --sections sizes,jobs,graphs --seconds 400 --add
 
 `--smoke`: tiny models, to test this file on any machine; its numbers mean nothing.
 """
@@ -45,6 +47,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adapters import PEERS
+from gpu_graphs import SMALL, graphs
 from gpu_jobs import jobs
 from gpu_models import (
     KINDS,
@@ -60,16 +63,32 @@ from gpu_models import (
     setting,
 )
 from gpu_plain import peer, plain
-from gpu_results import DENSE, EXPERTS, LATE, PAIRS, Section, find, load, nothing_yet, say, summary, waits_text, write
+from gpu_results import (
+    DENSE,
+    EXPERTS,
+    LATE,
+    PAIRS,
+    Section,
+    find,
+    graphs_line,
+    load,
+    nothing_yet,
+    say,
+    summary,
+    waits_text,
+    write,
+)
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-SECTIONS = ("check", "main", "jobs", "sizes")  # in this order
+SECTIONS = ("main", "check", "text", "sizes", "jobs", "graphs")  # in this order
 TEXT_ROWS = 32  # at most, where logits of all rows exist at once, as in the plain step
+MODEL_SECONDS = 180.0  # that one model may take, compilation included
 GRACE = 120.0  # seconds that a section may take to end after its time is up
 LISTED = 3  # exit status of a section that ended, with failures in the JSON
 
 
 def run_check(section: Section, s: Setting) -> None:
+    os.environ.setdefault("ISOFUSION_KERNELS", "torch")  # on the CPU, for a dozen steps: to compile some takes longer
     for kind in KINDS:
         found = section.attempt(kind, partial(check, s, kind))
         if found is not None:
@@ -84,11 +103,10 @@ def largest(s: Setting, name: str, peak: Peak, most: int | None = None, **how: A
     return first_that_runs(rows_that_fit(s, s.model(name), most), partial(measure, s, name, peak, **how))
 
 
-def run_main(section: Section, s: Setting, peers: Mapping[str, Path]) -> None:
-    """From what everything else is compared with to what is likeliest to fail."""
+def run_main(section: Section, s: Setting) -> None:
+    """From what everything else is compared with to what is least missed."""
     peak = section.peak()
     dense = section.row(DENSE, partial(largest, s, DENSE, peak))
-    run_text(section, s, peak, min(TEXT_ROWS, dense["rows"] if dense else TEXT_ROWS), peers)
     section.row(LATE, partial(largest, s, LATE, peak))
     experts = section.row(EXPERTS, partial(largest, s, EXPERTS, peak))
     if dense is None or experts is None or experts["rows"] >= dense["rows"]:
@@ -107,14 +125,17 @@ def run_text(section: Section, s: Setting, peak: Peak, most: int, peers: Mapping
     """The dense model on text alone, and everybody it is compared with, at equal numbers of rows."""
     own = section.row(f"{DENSE}, text", partial(largest, s, DENSE, peak, most, mixture=TEXT))
     allowed = [rows for rows in s.rows if rows <= (own["rows"] if own else most)]
-    work = {f"plain Llama {'compiled' if c else 'eager'}": partial(plain, s, DENSE, peak, c) for c in (True, False)}
-    if s.smoke:  # a compiler is not always there
-        del work["plain Llama compiled"]
-    work |= {name: partial(peer, s, name, folder, DENSE, peak) for name, folder in peers.items()}
-    others = [section.row(name, partial(first_that_runs, allowed, one)) for name, one in work.items()]
-    taken = {row["rows"] for row in others if row is not None} - {own["rows"] if own else 0}
-    for rows in sorted(taken, reverse=True):
-        section.row(f"{DENSE}, text, {rows} rows", partial(measure, s, DENSE, peak, rows, mixture=TEXT))
+    work = {name: partial(peer, s, name, folder, DENSE, peak) for name, folder in peers.items()}
+    if not s.smoke:  # a compiler is not always there
+        work = {"plain Llama compiled": partial(plain, s, DENSE, peak, True), **work}
+    work["plain Llama eager"] = partial(plain, s, DENSE, peak, False)
+    measured = {own["rows"]} if own else set()
+    for name, one in work.items():
+        row = section.row(name, partial(first_that_runs, allowed, one))
+        if row is not None and row["rows"] not in measured:
+            rows = row["rows"]
+            section.row(f"{DENSE}, text, {rows} rows", partial(measure, s, DENSE, peak, rows, mixture=TEXT))
+            measured.add(rows)
 
 
 def run_jobs(section: Section, s: Setting) -> None:
@@ -138,16 +159,31 @@ def run_sizes(section: Section, s: Setting) -> None:
             section.row(name, partial(largest, s, name, peak))
 
 
+def run_graphs(section: Section, s: Setting) -> None:
+    for arm, size in SMALL[:1] if s.smoke else SMALL:
+        found = section.attempt(f"{arm} {size}", partial(graphs, s, arm, size))
+        if found is not None:
+            section.content.setdefault("graphs", []).append(found)
+            section.save()
+            say(graphs_line(found))
+
+
 def run_section(args: argparse.Namespace, s: Setting, name: str) -> None:
-    section = Section(name, args.out, s, args.seconds)
-    if name == "check":
+    limit = None if name == "jobs" else MODEL_SECONDS  # its runs have a limit of their own, and must end before it
+    section = Section(name, args.out, s, args.seconds, args.again, limit)
+    if name == "main":
+        run_main(section, s)
+    elif name == "check":
         run_check(section, s)
-    elif name == "main":
-        run_main(section, s, args.peer)
+    elif name == "text":
+        dense = find(section.content["rows"], DENSE)
+        run_text(section, s, section.peak(), min(TEXT_ROWS, dense["rows"] if dense else TEXT_ROWS), args.peer)
+    elif name == "sizes":
+        run_sizes(section, s)
     elif name == "jobs":
         run_jobs(section, s)
     else:
-        run_sizes(section, s)
+        run_graphs(section, s)
     section.save()
 
 
@@ -162,18 +198,26 @@ def section_command(args: argparse.Namespace, name: str, seconds: float) -> list
 
 
 def run_apart(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Each section in a process of its own, within the time that the others left; one that dies is listed as failed."""
-    began = time.monotonic()
-    for name in names:
-        left = args.seconds - (time.monotonic() - began)
-        failure = run_process(section_command(args, name, left), left) if left > 0 else None
+    """Each section in a process of its own, within the time that the others left.
+
+    One that dies is listed as failed: the model it was at, and a new process goes on behind that; or the whole section.
+    """
+    began, todo, again = time.monotonic(), list(names), False
+    while todo:
+        name, left = todo[0], args.seconds - (time.monotonic() - began)
+        command = section_command(args, name, left) + ["--again"] * again
+        failure = run_process(command, left) if left > 0 else None
         content = load(args.out)
+        at = content.pop("running", None)
         if left <= 0 and name not in content["left_out"]:
             content["left_out"].append(name)
         if failure is not None:
-            content["failed"][name] = failure
-            say(f"{name}: {failure.splitlines()[0]}")
+            content["failed"].setdefault(at or name, failure)
+            say(f"{at or name}: {failure.splitlines()[0]}")
         write(args.out, content)
+        again = failure is not None and at is not None
+        if not again:
+            del todo[0]
 
 
 def run_process(command: Sequence[str], seconds: float) -> str | None:
@@ -221,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer", type=peer_argument, action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # adds, and leaves the end to its parent
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)  # after a process that died
     args = parser.parse_args(argv)
     args.peer = dict(args.peer)
     wanted = args.sections.split(",")
@@ -229,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     s = setting(args.smoke)
     names = [name for name in SECTIONS if name in wanted]
     write(args.out, load(args.out) if args.add or args.part else nothing_yet())
-    if len(names) == 1:
+    if args.part:
         run_section(args, s, names[0])
     else:
         run_apart(args, names)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_models import Setting, Trainer, wait
 
 from isofusion.config import ModelConfig
+from isofusion.processors import end_with_parent
 
 Run = Callable[[Callable[[], object]], float]
 """A run in a process: it calls its argument when it is ready to begin, which returns when all are, and measures."""
@@ -70,6 +71,7 @@ def together(run: Run, count: int, limit: float = END_WITHIN) -> list[float]:
 
 def _child(run: Run, number: int, barrier: Any, answers: Any) -> None:
     """Puts (number, rate, None), or (number, None, error); without an error where it was let down by the others."""
+    end_with_parent()  # a killed one must not leave runs on the card
     try:
         answers.put((number, run(functools.partial(barrier.wait, timeout=BEGIN_WITHIN)), None))
     except threading.BrokenBarrierError:

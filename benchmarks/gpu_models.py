@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,11 @@ def synthetic(s: Setting, cfg: ModelConfig, rows: int, seed: int, mixture: Mappi
     return take(parts)
 
 
+def as_a_run(s: Setting) -> AbstractContextManager[None]:
+    """The switches of torch that a run sets."""
+    return reproducible(torch.get_num_threads(), deterministic=s.device == "cpu")
+
+
 class Trainer:
     """A model with its optimizer on the device, and two batches there, each in micro-batches of `micro_rows` rows."""
 
@@ -143,7 +149,7 @@ class Trainer:
         self.batches = [[part.torch(s.device) for part in batch.split(micro_rows or rows)] for batch in self.host]
 
     def step(self, i: int) -> StepResult:
-        with reproducible(torch.get_num_threads(), deterministic=self.s.device == "cpu"):  # as a run does
+        with as_a_run(self.s):
             return train_step(
                 self.model,
                 self.optimizer,
@@ -259,11 +265,12 @@ def small_run(s: Setting, cfg: ModelConfig, host: Sequence[PackedBatch]) -> tupl
     def step(i: int) -> None:
         balance = 0.01 if cfg.n_experts else 0.0
         batch = batches[i % len(batches)]
-        results.append(
-            train_step(
-                model, optimizer, batch, precision=s.precision, clip=1.0, balance_weight=balance, device=s.device
-            )
-        )  # fmt: skip
+        with as_a_run(s):
+            results.append(
+                train_step(
+                    model, optimizer, batch, precision=s.precision, clip=1.0, balance_weight=balance, device=s.device
+                )
+            )  # fmt: skip
 
     for i in range(8 if s.device == "cpu" else 4):
         step(i)
@@ -286,7 +293,7 @@ def check(s: Setting, kind: str) -> dict[str, Any]:
     here, waits = small_run(small, cfg, host)
     return {
         "losses": {"cpu fp32": cpu, f"{s.device} {s.precision}": here},
-        "largest_difference": max(abs(a - b) for a, b in zip(cpu, here, strict=True)),
+        "largest_difference": float(np.abs(np.subtract(cpu, here)).max()),  # nan where one is
         "images": [batch.patches.shape[0] // small.patches for batch in host],
         "waits": waits,
     }
@@ -302,6 +309,15 @@ def release() -> None:
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):  # after an error that leaves the device unusable
             torch.cuda.empty_cache()
+
+
+def usable(s: Setting) -> bool:
+    """False after an error of a kernel: then the device answers nothing more to this process."""
+    try:
+        wait(s)
+    except RuntimeError:
+        return False
+    return True
 
 
 def free_bytes(s: Setting) -> float:

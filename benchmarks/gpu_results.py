@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_models import Peak, Row, Setting, card, peaks, release
+from gpu_models import Peak, Row, Setting, card, peaks, release, usable
 
 DENSE, LATE, EXPERTS = "early-932m", "late-1b", "moe-932m"
 PAIRS = (
@@ -22,6 +25,7 @@ PAIRS = (
     *(("early-1.63b", "late-1.75b"), ("early-2.28b", "late-2.43b"), ("early-3.35b", "late-3.7b")),
 )  # early and late fusion of like size, from the smallest up
 EXPERTS_TARGET, TEXT_TARGET = 0.75, 1.1
+UNUSABLE = 4  # exit status of a section that an error left without a device
 
 
 def say(*words: object) -> None:
@@ -57,23 +61,35 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 class Section:
-    """A part of the benchmark, which adds to the file; it may begin no model after `seconds`."""
+    """A part of the benchmark, which adds to the file; it may begin no model after `seconds`.
 
-    def __init__(self, name: str, path: Path, s: Setting, seconds: float) -> None:
-        self.name, self.path, self.s, self.seconds = name, path, s, seconds
+    Where its process ends in the middle of a model the file says so (`running`); the next one, `again`, goes on behind
+    it. A model that takes more than `limit` seconds ends the process.
+    """
+
+    def __init__(
+        self, name: str, path: Path, s: Setting, seconds: float, again: bool = False, limit: float | None = None
+    ) -> None:
+        self.name, self.path, self.s, self.seconds, self.limit = name, path, s, seconds, limit
         self.began = time.monotonic()
         self.content = load(path)
         here = {"device": card(s), "torch": torch.__version__, "smoke": s.smoke}
         for key, value in here.items():
             if self.content.setdefault(key, value) != value:
                 raise SystemExit(f"{path}: its {key} is {self.content[key]}, here it is {value}; give another --out")
-        # what an earlier run of this section left
-        own = lambda what: what.split(": ")[0] == name  # noqa: E731
-        self.content["rows"] = [row for row in self.content["rows"] if row["section"] != name]
-        self.content["left_out"] = [what for what in self.content["left_out"] if not own(what)]
-        self.content["failed"] = {what: why for what, why in self.content["failed"].items() if not own(what)}
-        self.content.pop(name, None)
+        if not again:
+            self.forget()
         self.save()
+
+    def forget(self) -> None:
+        """What an earlier run of this section left."""
+        mine = lambda what: what.split(": ")[0] == self.name  # noqa: E731
+        self.content["rows"] = [row for row in self.content["rows"] if row["section"] != self.name]
+        for key in ("left_out", "done"):
+            self.content[key] = [what for what in self.content.get(key, []) if not mine(what)]
+        for key in ("failed", "tracebacks"):
+            self.content[key] = {what: why for what, why in self.content.get(key, {}).items() if not mine(what)}
+        self.content.pop(self.name, None)
 
     def save(self) -> None:
         self.content.setdefault("seconds", {})[self.name] = round(time.monotonic() - self.began, 1)
@@ -88,30 +104,62 @@ class Section:
         return found
 
     def attempt(self, what: str, work: Callable[[], Any]) -> Any:
-        """`work()`; None where time is up (listed as left out) or it fails (listed with its error)."""
+        """`work()`; None where time is up (listed as left out), it fails (listed with its error), or the process
+        before this one did it.
+        """
         label = f"{self.name}: {what}"
+        if label in self.content["done"] or label in self.content["failed"]:
+            return None
         if time.monotonic() - self.began > self.seconds:
             self.content["left_out"].append(label)
             self.save()
             return None
+        self.content["running"] = label
+        self.save()
         result = None
         try:
-            result = work()
+            with ended_after(self.limit):
+                result = work()
+            self.content["done"].append(label)
         except Exception as error:  # one model that does not run must not cost the others
-            self.content["failed"][label] = f"{type(error).__name__}: {error}"[:2000]
-            say(f"{label}: failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            self.fail(label, f"{type(error).__name__}: {error}"[:2000])
+            self.content["tracebacks"][label] = traceback.format_exc()[-4000:]
         release()  # not above, where the error still holds the model
+        if not usable(self.s):
+            self.save()
+            os._exit(UNUSABLE)  # whatever is left of the models would wait for the device
+        del self.content["running"]
         self.save()
         return result
 
+    def fail(self, label: str, why: str) -> None:
+        self.content["failed"][label] = why
+        say(f"{label}: failed: {' '.join(why.split())[:240]}")
+
     def row(self, what: str, work: Callable[[], Row]) -> Row | None:
         """`attempt`, and its row goes into the table."""
-        found: Row | None = self.attempt(what, work)
-        if found is not None:
-            self.content["rows"].append({"section": self.name, **found})
+        before = (row for row in self.content["rows"] if (row["section"], row.get("what")) == (self.name, what))
+        found: Row | None = next(before, None) or self.attempt(what, work)
+        if found is not None and "section" not in found:
+            self.content["rows"].append({"section": self.name, "what": what, **found})
+            if not math.isfinite(found.get("loss", 0.0)):
+                self.fail(f"{self.name}: {what}", f"its loss is {found['loss']}; the row is kept")
             self.save()
             say(line(found))
         return found
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float | None) -> Iterator[None]:
+    """This process ends where the work inside takes longer, and says on stderr where it was; also inside a kernel."""
+    if seconds is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def find(table: list[Row], name: str, **wanted: Any) -> Row | None:
@@ -184,6 +232,17 @@ def line(row: Row) -> str:
     if row.get("out_of_memory_at"):
         out += f"  (out of memory at {', '.join(map(str, row['out_of_memory_at']))} rows)"
     return out + (f"\n  {waits_text(row['waits'])}" if row.get("waits") and row["waits"]["count"] else "")
+
+
+def graphs_line(found: dict[str, Any]) -> str:
+    """What the section `graphs` prints of a small step."""
+    as_graph = f"no CUDA graph: {' '.join(found.get('reason', '').split())[:200]}"
+    if found["replayed"]:
+        as_graph = f"as a CUDA graph {1e3 * found['replayed']:.2f} ms ({found['graph_at_most']:.2f} x the tokens/s)"
+    return (
+        f"{found['arm']} {found['size']}, {found['rows']} rows: {1e3 * found['launched']:.2f} ms; {as_graph}; "
+        f"{found['stacked']} x the rows {1e3 * found['stacked_seconds']:.2f} ms ({found['stacked_at_most']:.2f} x)"
+    )
 
 
 def summary(content: dict[str, Any]) -> None:

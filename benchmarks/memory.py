@@ -17,6 +17,7 @@ import itertools
 import json
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -143,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # one model that does not run must not cost the others
             label = f"{name}, {changes}, {blocks} blocks twice, {precision}"
             out["failed"][label] = f"{type(error).__name__}: {error}"[:2000]
+            traceback.print_exc()
             print(f"{label}: failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
         release()  # not above, where the error still holds the model
         if row is not None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("gpu", "gpu_jobs", "gpu_models", "gpu_plain", "gpu_results", "adapters", "memory")
+MODULES = ("gpu", "gpu_graphs", "gpu_jobs", "gpu_models", "gpu_plain", "gpu_results", "adapters", "memory")
 NAMES = ["early-932m", "late-1b", "moe-932m"]
 
 
@@ -51,9 +51,9 @@ def row(name: str, rows: int = 4, rate: float = 1.0, **more: Any) -> dict[str, A
     return out | more
 
 
-def test_a_smoke_run_of_two_sections_merges_into_one_file(tmp_path: Path, stand_in: Path) -> None:
+def test_a_smoke_run_of_three_sections_merges_into_one_file(tmp_path: Path, stand_in: Path) -> None:
     out = tmp_path / "deep" / "gpu.json"
-    arguments = ["--smoke", "--sections", "main,check", "--out", str(out), "--peer", f"nanogpt={stand_in}"]
+    arguments = ["--smoke", "--sections", "text,main,check", "--out", str(out), "--peer", f"nanogpt={stand_in}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(FOLDER / "gpu.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -65,10 +65,12 @@ def test_a_smoke_run_of_two_sections_merges_into_one_file(tmp_path: Path, stand_
         assert kind["largest_difference"] == 0  # the same device twice
         assert kind["images"][0] != kind["images"][1]
         assert kind["waits"] is None
-    order = ["early-932m", "early-932m", "plain Llama eager", "nanogpt", "late-1b", "moe-932m"]
-    assert [r["name"] for r in found["rows"]] == order
-    assert [r["text"] for r in found["rows"]] == [False, True, True, True, False, False]
-    assert all(0 < r["mfu"] < 1 and r["steps"] == 3 and r["section"] == "main" for r in found["rows"])
+    assert [r["name"] for r in found["rows"]] == [*NAMES, "early-932m", "nanogpt", "plain Llama eager"]
+    assert [r["section"] for r in found["rows"]] == ["main"] * 3 + ["text"] * 3
+    assert [r["text"] for r in found["rows"]] == [False] * 3 + [True] * 3
+    assert all(0 < r["mfu"] < 1 and r["steps"] == 3 for r in found["rows"])
+    assert len(found["done"]) == 3 + 3 + 3
+    assert "running" not in found
     assert [ratio["target"] for ratio in found["ratios"]] == [0.75, 1.1, 1.1]
     assert "early fusion over nanogpt, FLOP/s, 4 rows of text each" in done.stdout
     assert os.listdir(out.parent) == ["gpu.json"]
@@ -105,11 +107,11 @@ def test_a_section_that_dies_leaves_the_others(
     asked = scripts(monkeypatch, gpu, out, main=DIES, jobs=ADDS, sizes="raise ValueError('no such size')")
     status = gpu.main(["--smoke", "--sections", "sizes,jobs,main", "--seconds", "60", "--out", str(out)])
     assert status == 3
-    assert [name for name, _ in asked] == ["main", "jobs", "sizes"]
+    assert [name for name, _ in asked] == ["main", "sizes", "jobs"]
     assert 60 > asked[0][1] > asked[1][1] > asked[2][1]  # each has what the others left
     found = content(out)
     assert found["jobs"] == [{"jobs": 1}]
-    assert list(found["failed"]) == ["main", "jobs: 4 at once", "sizes"]
+    assert list(found["failed"]) == ["main", "sizes", "jobs: 4 at once"]
     assert found["failed"]["main"] == "ended by SIGKILL\nillegal memory access"
     printed = capsys.readouterr().out
     assert "main: ended by SIGKILL" in printed
@@ -125,6 +127,116 @@ def test_a_section_that_does_not_end_is_ended(gpu: ModuleType, tmp_path: Path, m
     assert time.monotonic() - began < 20
     assert content(out)["failed"]["main"].startswith("did not end within")
     assert content(out)["left_out"] == ["sizes"]  # no time was left for it
+
+
+DIES_AT_A_MODEL = """
+import json, os, sys
+found = json.load(open(sys.argv[1]))
+if sys.argv[2:] == ["--again"]:
+    assert list(found["failed"]) == ["main: late-1b"]
+    found["rows"].append({"section": "main", "what": "moe-932m", "name": "moe-932m", "rows": 4, "text": False})
+    json.dump(found, open(sys.argv[1], "w"))
+else:
+    json.dump({**found, "running": "main: late-1b"}, open(sys.argv[1], "w"))
+    print("stack of the kernel", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_section_goes_on_behind_the_model_it_died_at(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gpu.json"
+    asked = scripts(monkeypatch, gpu, out, main=DIES_AT_A_MODEL, jobs=ADDS)
+    assert gpu.main(["--smoke", "--sections", "main,jobs", "--seconds", "60", "--out", str(out)]) == 3
+    assert [name for name, _ in asked] == ["main", "main", "jobs"]
+    found = content(out)
+    assert found["failed"]["main: late-1b"] == "ended by SIGKILL\nstack of the kernel"
+    assert [r["name"] for r in found["rows"]] == ["moe-932m"]
+    assert "running" not in found
+
+
+def test_a_new_process_of_a_section_measures_nothing_twice(gpu: ModuleType, tmp_path: Path) -> None:
+    s, out = gpu.setting(smoke=True), tmp_path / "gpu.json"
+    first = gpu.Section("main", out, s, 60.0)
+    asked: list[str] = []
+
+    def work(name: str, error: Exception | None = None) -> dict[str, Any]:
+        asked.append(name)
+        if error is not None:
+            raise error
+        return row(name)
+
+    first.row("dense", lambda: work("dense"))
+    assert first.row("late", lambda: work("late", ValueError("no"))) is None
+    assert "in work" in content(out)["tracebacks"]["main: late"]
+    first.attempt("a check", lambda: work("a check"))
+    again = gpu.Section("main", out, s, 60.0, again=True)
+    assert again.row("dense", lambda: work("dense"))["name"] == "dense"
+    assert again.row("late", lambda: work("late")) is None
+    assert again.attempt("a check", lambda: work("a check")) is None
+    assert asked == ["dense", "late", "a check"]
+    assert again.row("experts", lambda: work("experts"))["name"] == "experts"
+    found = content(out)
+    assert [r["what"] for r in found["rows"]] == ["dense", "experts"]
+    assert found["done"] == ["main: dense", "main: a check", "main: experts"]
+    gpu.Section("main", out, s, 60.0)  # and a new run of the section begins anew
+    assert (content(out)["rows"], content(out)["done"], content(out)["tracebacks"]) == ([], [], {})
+
+
+def test_a_device_that_answers_no_more_ends_the_process(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gpu.json"
+    section = gpu.Section("main", out, gpu.setting(smoke=True), 60.0)
+    section.s = replace(section.s, device="cuda")
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))
+    with pytest.raises(SystemExit) as ended:
+        section.row("late", broken)
+    assert ended.value.code == sys.modules["gpu_results"].UNUSABLE
+    found = content(out)
+    assert found["running"] == "main: late"  # its parent starts another
+    assert "illegal memory access" in found["failed"]["main: late"]
+
+
+def test_a_model_that_takes_too_long_ends_its_process_and_says_where() -> None:
+    code = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from gpu_results import ended_after
+with ended_after(60):
+    pass
+def kernel():
+    time.sleep(60)
+with ended_after(0.2):
+    kernel()
+"""
+    began = time.monotonic()
+    command = [sys.executable, "-c", code, str(FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "in kernel" in done.stderr
+    assert time.monotonic() - began < 50
+
+
+def test_a_row_whose_loss_is_not_finite_is_kept_and_listed(gpu: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    section = gpu.Section("main", out, gpu.setting(smoke=True), 60.0)
+    section.row("late", lambda: row("late-1b", loss=float("nan")))
+    assert content(out)["failed"] == {"main: late": "its loss is nan; the row is kept"}
+    assert [r["name"] for r in content(out)["rows"]] == ["late-1b"]
+
+
+def test_a_check_that_is_not_finite_says_so(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([([6.0, 5.0, 4.0], None), ([6.1, float("nan"), 4.0], None)])
+    monkeypatch.setattr(models(), "small_run", lambda *_: next(losses))
+    found = models().check(gpu.setting(smoke=True), "early")
+    assert found["largest_difference"] != found["largest_difference"]  # nan, not 0.1
 
 
 def test_a_section_adds_and_replaces_what_it_wrote_before(gpu: ModuleType, tmp_path: Path) -> None:
@@ -226,14 +338,14 @@ def test_experts_are_set_beside_dense_at_equal_rows(
     assert budget > max(models().predicted_bytes(s, cfg, 4) for cfg in (dense, late))
     monkeypatch.setattr(models(), "free_bytes", lambda _: budget)
     section = gpu.Section("main", tmp_path / "gpu.json", s, 60.0)
-    gpu.run_main(section, s, {})
+    gpu.run_main(section, s)
     assert not section.content["failed"]
     rate = {
         (r["name"], r["rows"], r["micro_rows"]): r["tokens_per_s"] for r in section.content["rows"] if not r["text"]
     }
     single = [("early-932m", 4, None), ("late-1b", 4, None), ("moe-932m", 2, None)]
     assert list(rate) == [*single, ("early-932m", 2, None), ("moe-932m", 4, 2)]
-    headline, parts, own, _ = section.content["ratios"]
+    headline, parts, own = section.content["ratios"]
     assert headline["what"] == "experts over dense, tokens/s, 2 rows in one batch each"
     assert headline["value"] == pytest.approx(rate["moe-932m", 2, None] / rate["early-932m", 2, None])
     assert parts["what"].endswith("4 rows each, the experts' in micro-batches of 2")
@@ -372,6 +484,99 @@ def test_the_jobs_that_ran_are_kept_when_more_fail(
     found = content(tmp_path / "gpu.json")
     assert [r["jobs"] for r in found["jobs"]] == [1]
     assert list(found["failed"]) == ["jobs: 2 at once"]
+
+
+# ---- one small step as a graph --------------------------------------------------------------------------------------
+
+
+class FakeGraph:
+    """Stands for a captured step; counts its replays."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        FakeGraph.replays += 1
+        time.sleep(1e-4)
+
+
+class Captures:
+    """Stands for `torch.cuda.graph`."""
+
+    error: Exception | None = None
+
+    def __init__(self, graph: FakeGraph, stream: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class FakeStream:
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def wait_stream(self, other: FakeStream) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_graphs(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    fakes = {"Stream": FakeStream, "stream": FakeStream, "current_stream": FakeStream}
+    for name, fake in (fakes | {"CUDAGraph": FakeGraph, "graph": Captures}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(FakeGraph, "replays", 0)
+    return sys.modules["gpu_graphs"]
+
+
+def test_a_captured_step_is_set_beside_the_launched_one(gpu: ModuleType, fake_graphs: ModuleType) -> None:
+    found = fake_graphs.graphs(gpu.setting(smoke=True), "early", "s192")
+    assert (found["arm"], found["size"], found["rows"], found["stacked"]) == ("early", "s192", 2, 8)
+    assert FakeGraph.replays >= 5
+    assert found["graph_at_most"] == pytest.approx(found["launched"] / found["replayed"])
+    assert found["stacked_at_most"] == pytest.approx(8 * found["launched"] / found["stacked_seconds"])
+    assert 0 < found["loss"] < 20
+    assert "reason" not in found
+    line = sys.modules["gpu_results"].graphs_line(found)
+    assert "as a CUDA graph" in line
+    assert importlib.import_module("isofusion.train.step").StepResult is not fake_graphs.OnDevice
+
+
+def test_why_a_step_cannot_be_captured_is_a_result(
+    gpu: ModuleType, fake_graphs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Captures, "error", RuntimeError("operation not permitted when stream is capturing"))
+    section = gpu.Section("graphs", tmp_path / "gpu.json", gpu.setting(smoke=True), 60.0)
+    gpu.run_graphs(section, section.s)
+    found = content(tmp_path / "gpu.json")
+    (step,) = found["graphs"]
+    assert (step["replayed"], step["graph_at_most"]) == (None, None)
+    assert step["reason"] == "RuntimeError: operation not permitted when stream is capturing"
+    assert step["stacked_at_most"] > 0
+    assert (found["failed"], found["done"]) == ({}, ["graphs: early s192"])
+
+
+def test_the_steps_of_the_graphs_are_those_of_the_study(gpu: ModuleType) -> None:
+    module = sys.modules["gpu_graphs"]
+    spec = module.StudySpec.from_toml(module.STUDY)
+    assert {spec.arm(arm).size(size).name for arm, size in module.SMALL} == {"s96", "s192", "s384"}
+    assert {arm for arm, _ in module.SMALL} == {arm.name for arm in spec.arms}
+
+
+def test_a_captured_result_is_read_after_the_replay(gpu: ModuleType) -> None:
+    numbers = torch.zeros(9, dtype=torch.float64)
+    result = sys.modules["gpu_graphs"].OnDevice(numbers)
+    numbers[0] = 2.5  # as a replay writes it
+    assert result.loss == 2.5
 
 
 # ---- memory.py ------------------------------------------------------------------------------------------------------

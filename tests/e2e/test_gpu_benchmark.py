@@ -30,3 +30,6 @@ def test_the_smoke_run_fills_every_section(tmp_path: Path) -> None:
     assert all(check["largest_difference"] == 0 for check in found["check"].values())  # the same device twice
     assert len(found["late_over_early"]) == 6
     assert [row["jobs"] for row in found["jobs"]] == [1, 2]
+    (step,) = found["graphs"]
+    assert "CUDA" in step["reason"]  # there is none here
+    assert step["stacked_at_most"] > 0
