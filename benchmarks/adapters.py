@@ -130,7 +130,9 @@ def olmo_core(folder: Path, shape: Shape, precision: str, compiled: bool, data: 
 
     Packages that only its downloads and uploads use are replaced by empty modules where they are not installed.
     """
-    with _stand_ins("cached_path", "cached_path.schemes", "bettermap", "requests", "requests.adapters"):
+    with _stand_ins(
+        "cached_path", "cached_path.schemes", "bettermap", "requests", "requests.adapters", "requests.exceptions"
+    ):
         config = _import("olmo_core.nn.transformer.config", folder / "src")
     wanted = config.TransformerConfig.llama_like(
         d_model=shape.width,
@@ -194,12 +196,12 @@ def _import(name: str, folder: Path) -> Any:
 
 
 class _Empty(types.ModuleType):
-    """A module in which every name is an empty class; `recoverable_errors` is what OLMo-core reads of one."""
+    """A module of the modules placed below it and of empty classes; `recoverable_errors` is what OLMo-core reads."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"recoverable_errors": ()})
+        return sys.modules.get(f"{self.__name__}.{name}") or type(name, (), {"recoverable_errors": ()})
 
 
 @contextlib.contextmanager

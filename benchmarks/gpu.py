@@ -127,7 +127,7 @@ def run_text(section: Section, s: Setting, peak: Peak, most: int, peers: Mapping
     allowed = [rows for rows in s.rows if rows <= (own["rows"] if own else most)]
     work = {name: partial(peer, s, name, folder, DENSE, peak) for name, folder in peers.items()}
     if not s.smoke:  # a compiler is not always there
-        work = {"plain Llama compiled": partial(plain, s, DENSE, peak, True), **work}
+        work["plain Llama compiled"] = partial(plain, s, DENSE, peak, True)
     work["plain Llama eager"] = partial(plain, s, DENSE, peak, False)
     measured = {own["rows"]} if own else set()
     for name, one in work.items():

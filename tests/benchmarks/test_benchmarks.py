@@ -90,6 +90,17 @@ def test_one_flop_rule_for_peers_and_the_exact_ledger(benchmark: ModuleType) -> 
     assert shape.flops(weights, targets) == pytest.approx(flops(config, batch_shape(batch))["total"])
 
 
+@pytest.mark.parametrize("benchmark", ["adapters"], indirect=True)
+def test_packages_that_are_not_there_are_replaced_with_their_modules(benchmark: ModuleType, tmp_path: Path) -> None:
+    code = "import absent\nfrom absent.inner import Thing\nERRORS = (absent.errors.Lost, absent.Other, Thing)\n"
+    (tmp_path / "asks_for_absent.py").write_text(code)
+    with benchmark._stand_ins("absent", "absent.errors", "absent.inner"):
+        module = benchmark._import("asks_for_absent", tmp_path)
+    assert [one.__name__ for one in module.ERRORS] == ["Lost", "Other", "Thing"]
+    assert not {"absent", "absent.errors", "absent.inner"} & set(sys.modules)
+    del sys.modules["asks_for_absent"]
+
+
 @pytest.mark.parametrize("benchmark", ["experts"], indirect=True)
 def test_experts_at_equal_active_parameters(benchmark: ModuleType, tmp_path: Path) -> None:
     code, result = run(benchmark, tmp_path, f"{TINY} --batches 2")
