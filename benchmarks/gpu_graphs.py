@@ -7,7 +7,9 @@ few launches, but each seed would have weights and moments of its own, and small
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,15 @@ def graphs(s: Setting, arm: str, size: str) -> dict[str, Any]:
             found["replayed"] = time_steps(small, lambda _: graph.replay()).seconds
             found |= {"graph_at_most": found["launched"] / found["replayed"], "loss": result.loss}
         except Exception as error:  # that it cannot be captured is a result
-            found["reason"] = f"{type(error).__name__}: {error}"[:2000]
+            found["reason"] = "; then ".join(reversed([*chain(error)]))[:2000]
     return found
+
+
+def chain(error: BaseException | None) -> Iterator[str]:
+    """An error in words and what it came after: where a capture fails, its end fails too, and says less."""
+    while error is not None:
+        yield f"{type(error).__name__}: {error}"
+        error = error.__cause__ or error.__context__
 
 
 def captured(trainer: Trainer) -> tuple[Any, StepResult]:
@@ -73,11 +82,12 @@ def captured(trainer: Trainer) -> tuple[Any, StepResult]:
         group["capturable"] = True  # so is the fused update; the learning rate is that of the capture
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # a capture that fails does not come back from it
         for _ in range(WARMUP):
             trainer.step(0)
+        trainer.optimizer.found_inf = None  # of the step before, which will not be there
+        gc.collect()
+        with torch.cuda.graph(graph, stream=stream):
+            result = trainer.step(0)
     torch.cuda.current_stream().wait_stream(stream)
-    trainer.optimizer.found_inf = None  # of the step before, which will not be there
-    with torch.cuda.graph(graph, stream=stream):
-        result = trainer.step(0)
     return graph, result

@@ -500,19 +500,20 @@ class FakeGraph:
 
 
 class Captures:
-    """Stands for `torch.cuda.graph`."""
+    """Stands for `torch.cuda.graph`, whose end fails too when something inside has failed."""
 
-    error: Exception | None = None
+    inside = False
 
     def __init__(self, graph: FakeGraph, stream: Any) -> None:
         pass
 
     def __enter__(self) -> None:
-        if self.error is not None:
-            raise self.error
+        Captures.inside = True
 
-    def __exit__(self, *error: object) -> None:
-        pass
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        Captures.inside = False
+        if kind is not None:
+            raise RuntimeError("the capture was invalidated")
 
 
 class FakeStream:
@@ -554,13 +555,22 @@ def test_a_captured_step_is_set_beside_the_launched_one(gpu: ModuleType, fake_gr
 def test_why_a_step_cannot_be_captured_is_a_result(
     gpu: ModuleType, fake_graphs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Captures, "error", RuntimeError("operation not permitted when stream is capturing"))
+    own = models().Trainer.step
+
+    def asks(trainer: Any, i: int) -> Any:
+        if Captures.inside:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return own(trainer, i)
+
+    monkeypatch.setattr(models().Trainer, "step", asks)
     section = gpu.Section("graphs", tmp_path / "gpu.json", gpu.setting(smoke=True), 60.0)
     gpu.run_graphs(section, section.s)
     found = content(tmp_path / "gpu.json")
     (step,) = found["graphs"]
     assert (step["replayed"], step["graph_at_most"]) == (None, None)
-    assert step["reason"] == "RuntimeError: operation not permitted when stream is capturing"
+    first, then = step["reason"].split("; then ")
+    assert first == "RuntimeError: operation not permitted when stream is capturing"
+    assert then == "RuntimeError: the capture was invalidated"
     assert step["stacked_at_most"] > 0
     assert (found["failed"], found["done"]) == ({}, ["graphs: early s192"])
 
