@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pytest
+import vl_convert as vlc
 
 from isofusion.laws.analysis import Analysis, analyse
 from isofusion.laws.profile import Profile
 from isofusion.laws.sensitivity import Sensitivity
 from isofusion.laws.table import Runs
-from isofusion.report import fitcaptions, fitpage, fittables
+from isofusion.report import fitcaptions, fitfigures_tests, fitpage, fittables, style
 from isofusion.report.fitfigures import FIGURES
 from isofusion.report.fittables import nats, short
 from isofusion.report.style import NARROW, WIDE
@@ -211,6 +213,24 @@ def test_labels_keep_their_decimals() -> None:
     shown = fitpage.render.inline(drawing, "x")
     assert "0.0001" in shown
     assert "M1.23," in shown
+
+
+def test_what_rounds_to_ten_is_the_next_power() -> None:
+    """Budgets of a table are seldom round: 9.99e17 was 10·10¹⁷ in a legend."""
+    values = [9.99e17, 1e18, 3e18, 9.94e18, 9.96e19]
+    axis = alt.Axis(values=values, labelExpr=style._power_label(), labelOverlap=False)
+    x = alt.X("c:Q", scale=alt.Scale(type="log", domain=[5e17, 2e20]), axis=axis)
+    chart = alt.Chart(alt.Data(values=[{"c": v} for v in values])).mark_point().encode(x=x)
+    drawn = vlc.vegalite_to_svg(chart.properties(width=2000).to_dict())
+    assert re.findall(r">([^<>]*10[⁰¹²³⁴-⁹]+)<", drawn) == ["10¹⁸", "10¹⁸", "3·10¹⁸", "9.9·10¹⁸", "10²⁰"]
+
+
+def test_a_baseline_that_predicts_nothing_is_not_in_the_legend(full: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Carry-over needs another size at the same tokens; tables of isoFLOPs seldom have one."""
+    rows = [row for row in fitfigures_tests.step_errors(full) if row["kind"] != "carry over"]
+    monkeypatch.setattr(fitfigures_tests, "step_errors", lambda a: rows)
+    steps = fitfigures_tests.hold_out(full, WIDE).to_dict()["concat"][1]
+    assert steps["layer"][0]["encoding"]["color"]["scale"]["domain"] == ["law", "k·Cᶜ", "nearest run"]
 
 
 def test_a_choice_without_a_number_is_told_below_its_table() -> None:

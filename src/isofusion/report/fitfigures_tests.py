@@ -107,11 +107,13 @@ def _steps(a: Analysis, width: int) -> Chart | None:
     if not rows:
         return None
     seen = [r["e"] for r, ok in zip(rows, errors_drawn(rows), strict=True) if ok]
-    kinds = ["law", *MARKS.values()]
+    looks = {"law": (BLUE, "circle"), "carry over": (ORANGE, "square"), "k·Cᶜ": (GREY, "triangle-up")}
+    looks["nearest run"] = (PURPLE, "diamond")
+    kinds = [kind for kind in looks if any(r["kind"] == kind for r in rows)]
     x = alt.X("n:Q", **style.log_axis([r["n"] for r in rows], "held-out size, parameters", pad=0.08))
     y = alt.Y("e:Q", **style.linear_axis(seen, "mean error, % of the loss", zero=True))
-    scale = alt.Scale(domain=kinds, range=[BLUE, ORANGE, GREY, PURPLE])
-    shapes = alt.Scale(domain=kinds, range=["circle", "square", "triangle-up", "diamond"])
+    scale = alt.Scale(domain=kinds, range=[looks[kind][0] for kind in kinds])
+    shapes = alt.Scale(domain=kinds, range=[looks[kind][1] for kind in kinds])
     legend = alt.Legend(orient="top", title=None, columns=4 if width > 330 else 2)
     colour = alt.Color("kind:N", scale=scale, legend=legend)
     shape = alt.Shape("kind:N", scale=shapes, legend=legend)

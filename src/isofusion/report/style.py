@@ -96,10 +96,11 @@ def superscript(value: int) -> str:
 
 def _power_label() -> str:
     """Vega expression: 10^x, or m·10^x where the tick is not a whole power."""
-    digits = "toString(floor(log(datum.value) / LN10 + 1e-9))"
+    power = "floor(log(datum.value / 0.995) / LN10)"  # what rounds to ten, as a legend's 9.99e17, is one of the next
+    digits = f"toString({power})"
     for plain, raised in zip("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹", strict=True):
         digits = f"replace({digits}, regexp('{plain}', 'g'), '{raised}')"
-    mantissa = "(round(10 * datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9))) / 10)"
+    mantissa = f"(round(10 * datum.value / pow(10, {power})) / 10)"
     return f"({mantissa} == 1 ? '' : {mantissa} + '·') + '10' + {digits}"
 
 
