@@ -54,7 +54,13 @@ def test_validation_files_that_are_training_files_are_told(toml: Path, tmp_path:
     spec = StudySpec.from_toml(toml, data=tmp_path)
     told = "source s: 200 of 200 whole texts of validation are in training too: its loss is too low"
     assert told in estimate(spec, out=tmp_path / "out", jobs=1, threads=1, probe=False).notes
-    assert told in prepare(spec)
+    found = prepare(spec)
+    assert told in found
+    assert not any("val_rows" in note for note in found)
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": f"{n} cans"}) + "\n" for n in range(9)))
+    toml.write_text(toml.read_text().replace('val = ["*.jsonl"]', 'val = ["few.jsonl"]'))
+    note = "domain text: its validation files hold 1 of the 2 rows of data.val_rows"
+    assert note in prepare(StudySpec.from_toml(toml, data=tmp_path))
 
 
 WITHOUT_EXTRA = """

@@ -95,6 +95,9 @@ def test_a_gpu_study_is_prepared_before_its_runs_start(spec: StudySpec, monkeypa
         def near_duplicates(self) -> dict:
             return {}
 
+        def scarce(self) -> list:
+            return []
+
     calls: list[tuple] = []
     monkeypatch.setattr("isofusion.data.stream.Stream", Nothing)
     monkeypatch.setattr("isofusion.study.gpu.gpu_bytes", lambda: 140e9)

@@ -195,6 +195,15 @@ class Stream:
         pairs = zip(which.tolist(), row.tolist(), strict=True)
         return [(mine[i], j) for i, j in pairs if (most := limit[i]) is None or j < most]
 
+    def scarce(self) -> list[str]:
+        """Sentences on the domains whose validation files hold fewer rows than data.val_rows."""
+        have = {domain: len(self._val_rows(domain)) for domain in self.domains}
+        return [
+            f"domain {domain}: its validation files hold {rows} of the {self.data.val_rows} rows of data.val_rows"
+            for domain, rows in have.items()
+            if rows < self.data.val_rows
+        ]
+
     def val_batches(self, domain: str) -> list[PackedBatch]:
         """The fixed validation rows of a domain: at most data.val_rows, fewer when the files hold fewer."""
         rows, size = self._val_rows(domain), max(self.rows_per_step, VAL_SLOTS // self.data.row_len)

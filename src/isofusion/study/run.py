@@ -35,7 +35,7 @@ def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
     """Once, before the workers: torch is there, and the data can be read (index, tokenizer and caches are built).
 
     Returns what a person should know of the data before it is used: bad samples that are left out, validation that is
-    in training too, domains that are never validated. Raises InputError where the data is not what an earlier session
+    in training too or scarce, domains that are never validated. Raises InputError where the data is not what an earlier session
     of the study in `out` used.
     """
     if importlib.util.find_spec("torch") is None:
@@ -67,6 +67,7 @@ def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
         generate(spec.data, seeds, longest.train.rows_per_step, longest.end_step, cores())
         measure_peak()
     notes = spec.notes() + [f"source {name}: {leak}" for name, found in twice.items() for leak in leaks(found)]
+    notes += streams["val"].scarce()
     for split, stream in streams.items():
         for index in (source.index for source in stream.sources if hasattr(source, "index")):
             if index.bad:
