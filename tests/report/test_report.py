@@ -175,6 +175,14 @@ def test_a_line_of_one_point_is_painted_without_a_complaint(points: list[int], d
     assert sum('"point"' in path for path in paths) == len(points)
 
 
+def test_thousands_of_tokens_per_parameter_are_no_power_of_e(built: Any) -> None:
+    a = copy.deepcopy(built[1])
+    a["answer"]["ref"]["arms"][0] |= {"ratio": 1790.0, "ratio_interval": [9.42, None]}
+    assert "(D/N = 1.79K)" in " ".join(text.headline(a))
+    assert "1.79K [at least 9.42] tokens per parameter" in text.compute_optimal(a)
+    assert '1.79K <span class="iv">[at least 9.42]</span>' in tables.answer(a)
+
+
 def test_insignificant_differences_are_called_so(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out, tmp_path / "s")
@@ -256,7 +264,7 @@ def test_validation_that_was_trained_on_is_a_warning(planted: Any, tmp_path: Pat
     shutil.copytree(out, tmp_path / "s")
     rows = [row for row in rows if row["arm"] == "early"]
     longest = max(rows, key=lambda row: row["tokens"])["run"]
-    leak = "40 of 40 images of validation are in training too: its loss is too low"
+    leak = "40 of 40 images of validation are in training too: its loss may be too low"
     ledger = {"sources": [{"name": "photos", "epochs": 0.5, "leaks": [leak]}, {"name": "prose", "leaks": []}]}
     (tmp_path / "s" / "runs" / longest / "data.json").write_text(json.dumps(ledger))
     page = undrawn(analyse(tmp_path / "s", rows))

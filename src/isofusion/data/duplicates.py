@@ -72,11 +72,14 @@ def leaks(counts: dict[str, int]) -> list[str]:
 
     Short texts of pictures repeat by chance ("a dog"): there the pictures count.
     """
-    kinds = [("near_image", "images_checked", "images"), ("same_paragraph", "paragraphs", "long paragraphs")]
+    kinds = [
+        ("near_image", "images_checked", "images, or their near-duplicates,"),
+        ("same_paragraph", "paragraphs", "long paragraphs"),
+    ]
     if not counts["images"]:
         kinds.append(("same_text", "documents", "whole texts"))
     return [
-        f"{counts[one]:,} of {counts[many]:,} {what} of validation are in training too: its loss is too low"
+        f"{counts[one]:,} of {counts[many]:,} {what} of validation are in training too: its loss may be too low"
         for one, many, what in kinds
         if counts[one] > STRAY * counts[many]
     ]

@@ -112,7 +112,7 @@ def answer(a: Analysis) -> str:
                     percent(r["p_best"], 0) if len(ranked["arms"]) > 1 else DASH,
                     with_interval(si(r["n"]), r["n_interval"], si),
                     with_interval(si(r["d"]), r["d_interval"], si),
-                    with_interval(f"{r['ratio']:.3g}", r["ratio_interval"], lambda v: f"{v:.3g}"),
+                    with_interval(si(r["ratio"]), r["ratio_interval"], si),
                     "yes" if r["extrapolated"] else "no",
                 ]
             )

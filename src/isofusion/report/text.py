@@ -39,7 +39,7 @@ def headline(a: Analysis) -> list[str]:
     found.append(
         f"{lead} {best['arm']} with N = {si(best['n'])} {interval(best['n_interval'], how=si)} "
         f"{a['arms'][best['arm']]['n_word']} on D = {si(best['d'])} {interval(best['d_interval'], how=si)} tokens "
-        f"(D/N = {best['ratio']:.3g}) for {power(ref['c'])} FLOPs, the largest budget every arm reached. Its laws "
+        f"(D/N = {si(best['ratio'])}) for {power(ref['c'])} FLOPs, the largest budget every arm reached. Its laws "
         f"predict {fixed(best['loss'])} {interval(best['loss_interval'])} nats/token, {_mean_words(a)}."
     )
     if best["extrapolated"]:
@@ -191,8 +191,8 @@ def compute_optimal(a: Analysis) -> str:
         text += f" {'; '.join(parts)}."
     for r in (a["answer"]["ref"] or {"arms": []})["arms"][:1]:
         text += (
-            f" At {power(a['answer']['ref']['c'])} FLOPs {r['arm']} wants {r['ratio']:.3g} "
-            f"{interval(r['ratio_interval'], how=lambda v: f'{v:.3g}')} tokens per parameter."
+            f" At {power(a['answer']['ref']['c'])} FLOPs {r['arm']} wants {si(r['ratio'])} "
+            f"{interval(r['ratio_interval'], how=si)} tokens per parameter."
         )
     fronts = [by_domain.get(mean_key(a)) or {} for by_domain in a["frontier"].values()]
     if any(None in front.get(f"{k}_{end}", []) for front in fronts for k in ("n", "d") for end in ("lo", "hi")):

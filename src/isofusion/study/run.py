@@ -35,8 +35,8 @@ def prepare(spec: StudySpec, out: Path | None = None) -> list[str]:
     """Once, before the workers: torch is there, and the data can be read (index, tokenizer and caches are built).
 
     Returns what a person should know of the data before it is used: bad samples that are left out, validation that is
-    in training too or scarce, domains that are never validated. Raises InputError where the data is not what an earlier session
-    of the study in `out` used.
+    in training too or scarce, domains that are never validated. Raises InputError where the data is not what an
+    earlier session of the study in `out` used.
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("training needs torch: pip install 'isofusion[train]'")
