@@ -243,6 +243,21 @@ def test_a_domain_that_nothing_validates_is_said_before_it_is_locked(toml: Path,
     assert note in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", ["lock", "run"])
+def test_an_out_folder_that_cannot_be_written_is_told_before_the_data_is_read(
+    toml: Path, tmp_path: Path, verb: str, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("ours").mkdir()
+    real = os.access  # root may write anywhere
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "ours" and real(path, mode))
+    monkeypatch.setattr("isofusion.study.run.prepare", lambda *_: pytest.fail("the data was read"))
+    assert call("study", verb, toml, "--out", "ours/new/study") == 2
+    where = tmp_path / "ours"
+    assert (
+        capsys.readouterr().err == f"error: --out ours/new/study: no right to write in {where}; choose another --out\n"
+    )
+
+
 def test_run_ends_with_the_path_of_the_report(toml: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen = {}
 

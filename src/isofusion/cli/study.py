@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 import tomllib
@@ -67,6 +68,13 @@ def _read(toml: Path, out: Path | None, data: Path | None, sets: list[str] | Non
     given: dict[str, Any] = {"data": data, "overrides": overrides}
     spec = StudySpec.from_toml(toml, **given)
     return spec if lock is None else spelled_as_locked(lock, spec), out, given
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Before the data is read, which may take hours."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: no right to write in {there}; choose another --out")
 
 
 def _folder(target: Path, out: Path | None) -> Path:
@@ -151,6 +159,7 @@ def lock_command(
     from isofusion.study.split import choose_split
 
     spec, out, given = _load(toml, out, data, sets)
+    _refuse_unwritable(out)
     for note in spec.notes():
         print(f"note: {note}", file=sys.stderr)
     split = choose_split(spec, out, jobs=jobs, threads=threads, console=Console(stderr=True))
@@ -203,6 +212,8 @@ def run_command(
     asked |= {"partition": partition, "array_limit": array_limit, "account": account, "constraint": constraint}
     asked |= {"grace": grace, "setup": setup, "sbatch": sbatch}
     spec, out, given = _load(toml, out, data, sets)
+    if not dry_run:
+        _refuse_unwritable(out)
     if on == slurm.Where.slurm:
         where = slurm.Study(spec, out, toml, given)
         if slurm.run(where, asked, jobs, threads, resume=resume, dry_run=dry_run, report=not no_report):
