@@ -6,7 +6,7 @@ And the words for what pydantic finds in it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -20,11 +20,13 @@ class RunFailure(RuntimeError):
     """A run or a study could not finish (non-finite loss, full disk, dead worker): exit code 1."""
 
 
-def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
-    """A pydantic error as one sentence: key, what is wrong, what was given."""
+def explain(error: ValidationError, cls: type[BaseModel] | None = None, values: Any = None) -> str:
+    """A pydantic error as one sentence: key, what is wrong, what was given. `values` is what was validated: a table of
+    one of its lists is called by its name, as `--set` does.
+    """
     parts = []
     for item in error.errors(include_url=False)[:3]:
-        keys = [str(part) for part in item["loc"]]
+        keys = _place(item["loc"], values)
         if item["type"] == "extra_forbidden":
             known = list(cls.model_fields) if cls is not None and len(keys) == 1 else []
             parts.append(unknown(".".join(keys), keys[-1], known))
@@ -38,6 +40,19 @@ def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
             parts.append(": ".join(filter(None, [".".join(keys), text])))
     more = error.error_count() - 3
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def _place(loc: Iterable[int | str], values: Any) -> list[str]:
+    """sources.0.domain -> sources, figures, domain."""
+    keys = []
+    for part in loc:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            values = None
+        name = values.get("name") if isinstance(part, int) and isinstance(values, dict) else None
+        keys.append(name if isinstance(name, str) else str(part))
+    return keys
 
 
 def unknown(shown: str, key: str, known: Iterable[str]) -> str:

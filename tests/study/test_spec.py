@@ -194,6 +194,8 @@ BAD = [
     (("[model]", "[[model]]"), ["[model]: must be a table"]),
     (("[train]", "[[train]]"), ["[train]: must be a table"]),
     (("[arms.train]", "[[arms.train]]"), ['arm "late": train: must be a table']),
+    (('"caption"', '"captions"'), ["[data]: sources.captions.domain: input should be 'caption'", "got 'captions'"]),
+    (('domain = "caption"', "domian = 1"), ["sources.captions.domian"]),
     (("budgets = [2560, 5120]", 'budgets = "64K"'), ["[study]: budgets: write a list, [...], got '64K'"]),
     (("seeds = [0]", f"exclude = {json.dumps(BRANCHES)}"), ["[study]: exclude leaves no run to fit a law to"]),
     (("seeds = [0]", extra(size="s17")), ["extra_seeds: size", '"s17"', "s16"]),

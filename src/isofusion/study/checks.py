@@ -21,7 +21,7 @@ def make(cls: type[T], values: Mapping[str, Any], where: str, context: Any = Non
     try:
         return cls.model_validate(dict(values), context=context)
     except ValidationError as error:
-        raise InputError(f"{where}: {explain(error, cls)}") from None
+        raise InputError(f"{where}: {explain(error, cls, values)}") from None
 
 
 def apply_override(tree: dict[str, Any], text: str) -> None:
