@@ -78,6 +78,9 @@ def test_the_line_of_a_finished_run_shows_the_loss_of_its_last_step(toml: Path, 
         assert last["step"] == config.end_step
         [line] = [line for line in lines if f"{config.name} done" in line]
         assert line.endswith(f"training loss {last['loss']:.4f}")
+    done = [line.split(" done")[0].split()[-1] for line in lines if " done" in line]
+    heaviest_first = ("early-s32", "late-s16", "early-s16")  # an encoder is work as well
+    assert done == [f"{model}-s0-{part}" for part in ("trunk", "d20", "d10") for model in heaviest_first]
 
 
 def test_a_setting_of_the_allocator_by_the_user_wins(toml: Path, tmp_path: Path, fake: str, monkeypatch) -> None:
