@@ -6,6 +6,7 @@ import hashlib
 import math
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -31,10 +32,13 @@ from isofusion.data.world.vocab import (
     COLOUR_WORDS,
     FUSION_AFTER,
     FUSION_BEFORE,
+    LEXICON,
     MOD,
+    NICKNAME_WORDS,
     NUMERAL_WORDS,
     ORDINAL_WORDS,
     SIDE_WORDS,
+    SYLLABLE_WORDS,
     TONE,
     WORDS,
     WorldTokenizer,
@@ -224,18 +228,34 @@ def test_pixels_give_the_whole_scene_away(size, patch):
     assert len(read_digits) == 11  # none, or one of ten
 
 
-def test_captions_are_true_of_their_pixels(world):
+@pytest.fixture(scope="module")
+def identify(world):
+    """(cells, colours, entities, bars, digit) from pixels and the table of glyphs."""
+    code = world.entities.parts.astype(np.int64) @ (64**3, 64**2, 64, 1)
+    order = np.argsort(code)
+
+    def read(pixels):
+        cells, colours, parts, bars, digit = read_image(world, pixels)
+        codes = np.array(parts, dtype=np.int64) @ (64**3, 64**2, 64, 1)
+        return cells, colours, order[np.searchsorted(code[order], codes)].tolist(), bars, digit
+
+    return read
+
+
+def seen_from(a: int, b: int) -> str:
+    """Where cell b is, seen from cell a."""
+    dx, dy = b % 3 - a % 3, b // 3 - a // 3
+    return "left" if dx < 0 else "right" if dx > 0 else "above" if dy < 0 else "below"
+
+
+def test_captions_are_true_of_their_pixels(world, identify):
     """A reader with the glyph-to-name table checks every statement of 250 captions."""
     e = world.entities
-    code = e.parts.astype(np.int64) @ (64**3, 64**2, 64, 1)
-    order = np.argsort(code)
     answers, sums, rims, orders = {"before": 0, "after": 0}, 0, 0, set()
     for i in range(250):
         sample = world.sample(4, "caption", 0, i)
         pixels = next(s.pixels for s in sample.segments if isinstance(s, Image))
-        cells, colours, parts, bars, digit = read_image(world, pixels)
-        codes = np.array(parts, dtype=np.int64) @ (64**3, 64**2, 64, 1)
-        ids = order[np.searchsorted(code[order], codes)].tolist()
+        cells, colours, ids, bars, digit = identify(pixels)
         said = words_of(sample)
         image = said.index("[image]")
         spoken, asked = [], []
@@ -284,8 +304,7 @@ def test_captions_are_true_of_their_pixels(world):
         at += 1
         if said[at] == "from":
             a, b = (cells[colours.index(COLOUR_WORDS.index(said[at + n]))] for n in (1, 2))
-            dx, dy = b % 3 - a % 3, b // 3 - a // 3
-            assert said[at + 3] == ("left" if dx < 0 else "right" if dx > 0 else "above" if dy < 0 else "below")
+            assert said[at + 3] == seen_from(a, b)
             at += 4
         while at < len(said) and said[at] == "rim":
             assert said[at + 2] == NUMERAL_WORDS[bars[SIDE_WORDS.index(said[at + 1])]]
@@ -304,6 +323,113 @@ def test_captions_are_true_of_their_pixels(world):
     assert answers["before"] + answers["after"] == rims == 250
     assert sums > 0
     assert {(0, 1), (1, 0)} <= orders
+
+
+def test_interleaved_documents_are_true_of_their_pixels(world, identify):
+    """The same for 60 documents of several images: remarks on the last one, nicknames, and what looks back."""
+    e, kinds = world.entities, Counter()
+    for i in range(60):
+        sample = world.sample(4, "interleaved", 0, i)
+        pictures = [identify(s.pixels) for s in sample.segments if isinstance(s, Image)]
+        said, at, n, called = words_of(sample), 0, -1, {}
+        while at < len(said):
+            waiting = []
+            while said[at] == "ask":
+                waiting.append((said[at + 1], said[at + 2]))
+                at += 3
+            assert said[at] == "[image]"
+            at, n = at + 1, n + 1
+            cells, colours, ids, bars, digit = pictures[n]
+            for operand, side in waiting:
+                answer = NUMERAL_WORDS[(bars[SIDE_WORDS.index(side)] + NUMERAL_WORDS.index(operand)) % MOD]
+                assert said[at : at + 2] == [side, answer]
+                at, kinds["before"] = at + 2, kinds["before"] + 1
+            assert said[at] == NUMERAL_WORDS[len(cells)]
+            at, left = at + 1, set(range(len(cells)))
+            while left:
+                place = colours.index(COLOUR_WORDS.index(said[at]))
+                left.remove(place)
+                assert said[at + 1 : at + 4] == [WORDS[t] for t in e.name_tokens(ids[place])]
+                at += 4
+            if digit is not None:
+                assert said[at : at + 2] == ["sign", NUMERAL_WORDS[digit]]
+                at += 2
+            for _ in range(interleaved.MAX_EXTRAS):
+                if said[at] == ".":
+                    break
+                back = ORDINAL_WORDS.index(said[at]) if said[at] in ORDINAL_WORDS else None
+                assert back is None or back < n
+                at += back is not None
+                cells, colours, ids, bars, _ = pictures[n if back is None else back]
+                word, rest = said[at], said[at + 1 : at + 4]
+                if word in called:  # a nickname, perhaps of an earlier image's entity
+                    which = ("is", "lives", "eats").index(rest[0])
+                    assert rest[1] == WORDS[e.trait_tokens(called[word])[which]]
+                    word, at = "nickname", at + 3
+                elif word in COLOUR_WORDS:
+                    assert back is not None
+                    place = colours.index(COLOUR_WORDS.index(word))
+                    assert rest == [WORDS[t] for t in e.name_tokens(ids[place])]
+                    word, at = "colour", at + 4
+                elif word == "call":
+                    assert rest[1] in NICKNAME_WORDS
+                    called[rest[1]] = ids[colours.index(COLOUR_WORDS.index(rest[0]))]
+                    at += 3
+                elif word == "from":
+                    assert rest[2] == seen_from(*(cells[colours.index(COLOUR_WORDS.index(c))] for c in rest[:2]))
+                    at += 4
+                elif word == "rim":
+                    assert rest[1] == NUMERAL_WORDS[bars[SIDE_WORDS.index(rest[0])]]
+                    at += 3
+                else:
+                    assert word == "ask"
+                    total = bars[SIDE_WORDS.index(rest[1])] + NUMERAL_WORDS.index(rest[0])
+                    assert rest[2] == NUMERAL_WORDS[total % MOD]
+                    at += 4
+                kinds[word if back is None else f"{word} back"] += 1
+            assert said[at] == "."
+            at += 1
+        assert n + 1 == len(pictures)
+    assert set(kinds) == {"before", "ask", "ask back", "colour back", "rim", "from", "call", "nickname"}
+    assert min(kinds.values()) >= 5
+
+
+def test_text_documents_tell_the_same_facts_and_add_up(world):
+    """Names of text are those of the images' entities, with their traits; sums and successors are right."""
+    e, kinds, zipf = world.entities, Counter(), []
+    code = e.names.astype(np.int64) @ (128**2, 128, 1)
+    order = np.argsort(code)
+    for i in range(60):
+        sentences = " ".join(words_of(world.sample(4, "text", 0, i))).split(" .")
+        assert sentences.pop() == ""
+        for sentence in sentences:
+            said = sentence.split()
+            if said[0] == "sum":
+                a, b, y = (NUMERAL_WORDS.index(w) for w in said[1:])
+                assert y == (a + b) % MOD
+                kinds["sum"] += 1
+            elif said[0] == "after":
+                a, y = (NUMERAL_WORDS.index(w) for w in said[1:])
+                assert y == (a + 1) % 10
+                kinds["after"] += 1
+            elif said[0] in SYLLABLE_WORDS:
+                name = np.array([SYLLABLE_WORDS.index(w) for w in said[:3]]) @ (128**2, 128, 1)
+                k = int(order[np.searchsorted(code[order], name)])
+                assert code[k] == name
+                zipf.append(k)
+                facts = [said[3:5], said[6:]] if len(said) > 5 else [said[3:]]
+                assert said[5:6] == ["and"] * (len(facts) - 1)
+                for verb, value in facts:
+                    assert value == WORDS[e.trait_tokens(k)[("is", "lives", "eats").index(verb)]]
+                assert len({verb for verb, _ in facts}) == len(facts)
+                kinds[f"{len(facts)} facts"] += 1
+            else:
+                assert 5 <= len(said) <= 24
+                assert all(WORDS.index(w) >= LEXICON for w in said)
+                kinds["rule"] += 1
+    assert set(kinds) == {"sum", "after", "1 facts", "2 facts", "rule"}
+    assert min(kinds.values()) > 5
+    assert np.mean(np.array(zipf) == 0) == pytest.approx(e.p[0], abs=0.12)
 
 
 def test_hidden_bytes_never_touch_the_text(world):
