@@ -33,6 +33,7 @@ from isofusion.data.world.vocab import (
     FUSION_AFTER,
     FUSION_BEFORE,
     LEXICON,
+    LEXICON_SIZE,
     MOD,
     NICKNAME_WORDS,
     NUMERAL_WORDS,
@@ -210,6 +211,10 @@ def read_image(world: World, pixels: np.ndarray):
 @pytest.mark.parametrize(("size", "patch"), [(48, 8), (96, 16), (100, 10)])
 def test_pixels_give_the_whole_scene_away(size, patch):
     w = World(WorldConfig(), size, patch, 256)
+    assert w._renderer.bar == w._renderer.cell == 2 * (size // 48)
+    jitter = np.array([w._renderer._jitter(byte) for byte in range(256)])
+    assert (jitter == 0).sum() == 192
+    assert set(jitter.tolist()) == set(range(size // 48 + 1))
     chooser = Chooser(np.random.Philox(key=11))
     read_colours, read_tones, read_digits = set(), set(), set()
     for i in range(200):
@@ -321,7 +326,7 @@ def test_captions_are_true_of_their_pixels(world, identify):
         assert sorted(spoken) == sorted(SIDE_WORDS)  # each bar is spoken of once
     assert min(answers.values()) > 90
     assert answers["before"] + answers["after"] == rims == 250
-    assert sums > 0
+    assert sums / 250 == pytest.approx(captions.P_SUM, abs=0.13)  # four standard errors
     assert {(0, 1), (1, 0)} <= orders
 
 
@@ -425,7 +430,10 @@ def test_text_documents_tell_the_same_facts_and_add_up(world):
                 kinds[f"{len(facts)} facts"] += 1
             else:
                 assert 5 <= len(said) <= 24
-                assert all(WORDS.index(w) >= LEXICON for w in said)
+                a = b = LEXICON_SIZE
+                for word in map(WORDS.index, said):  # one of those that may follow the two before it, in their order
+                    assert word in world._rules.candidates(a, b)
+                    a, b = b, word - LEXICON
                 kinds["rule"] += 1
     assert set(kinds) == {"sum", "after", "1 facts", "2 facts", "rule"}
     assert min(kinds.values()) > 5
