@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -160,6 +161,55 @@ def test_images_land_with_their_captions(corpus, files):
             assert np.array_equal(b.patches[where], to_patches(decode(files.image(number)), 16, 8))
             seen += 1
     assert seen > 5
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_pages_longer_than_a_row_keep_every_image_where_it_was(files, tmp_path, monkeypatch, stored):
+    """Pieces of one epoch, put together again, are the documents of three files, token by token and patch by patch."""
+    from isofusion.data.images import decode, to_patches
+
+    if not stored:
+        monkeypatch.setattr(patches, "STORE_BYTES", 0)
+    rng, documents = np.random.default_rng(0), {}
+    for f in range(3):
+        members = []
+        for i in range(3):
+            parts = [
+                files.image(100 * f + 10 * i + k) if k % 3 else prose(k, int(rng.integers(1, 30))) for k in range(9)
+            ]
+            parts = ["a", *(files.image(k) for k in range(15)), "b"] if (f, i) == (1, 1) else parts  # just fits
+            names = [f"{i}.{k}.png" if isinstance(part, bytes) else None for k, part in enumerate(parts)]
+            texts = [None if isinstance(part, bytes) else part for part in parts]
+            members.append((f"{i}.json", json.dumps({"images": names, "texts": texts}).encode()))
+            members += [(name, part) for name, part in zip(names, parts, strict=True) if name]
+            documents[f"pages:0:p-{f}.tar/{i}"] = parts
+        files.tar(tmp_path / f"p-{f}.tar", members)
+    pages = SourceConfig(name="pages", domain="interleaved", format="interleaved", weight=1, train=("p-*.tar",))
+    s = Stream(config(tmp_path, sources=(pages,)), 5, "train", 1)
+    [source] = s.sources
+    pieces = {}
+    for j in range(source.rows_of(0)):
+        rows, _ = source.row(j)
+        b, shown = rows.batch, dict(zip(rows.batch.patch_slot.tolist(), rows.batch.patches, strict=True))
+        assert source.tokens(j) == ((b.doc_id >= 0).sum() - b.modality.sum(), b.modality.sum())
+        for d, key in enumerate(b.keys):
+            slots = np.flatnonzero(b.doc_id == d).tolist()
+            pieces[key] = [shown[t].tobytes() if t in shown else int(b.token_ids[t]) for t in slots]
+    lengths = []
+    for key, parts in documents.items():
+        names = sorted((len(k), k) for k in pieces if k == key or k.startswith(f"{key}:"))  # piece 10 after piece 9
+        found = [pieces.pop(k) for _, k in names]
+        assert all(piece.pop(0) == s.tokenizer.bos_id for piece in found)
+        assert found[-1].pop() == s.tokenizer.eos_id
+        expected = []
+        for part in parts:
+            whole = to_patches(decode(part), 16, 8) if isinstance(part, bytes) else s.tokenizer.encode(part)
+            expected += [x.tobytes() for x in whole] if isinstance(part, bytes) else list(map(int, whole))
+        assert [x for piece in found for x in piece] == expected
+        lengths.append(len(expected) + 2)
+    assert not pieces
+    assert lengths.count(64) == 1
+    assert source.n_cut == s.report(1)["sources"][0]["cut"] == sum(length > 64 for length in lengths) > 3
 
 
 def test_without_an_image_store_the_batches_are_the_same(corpus, monkeypatch, tmp_path):
