@@ -244,6 +244,7 @@ def test_ledger_counts_what_the_batches_hold(corpus):
         for code, entry in zip((0, 2), report["sources"], strict=True):
             text = image = rows = 0
             keys: list[str] = []
+            once: dict[str, int] = {}  # text of a piece, whatever the epoch
             pictures: set[bytes] = set()
             for b in batches:
                 mine = b.domain == code
@@ -255,11 +256,24 @@ def test_ledger_counts_what_the_batches_hold(corpus):
                     {b.patches[i : i + 4].tobytes() for i in range(0, len(b.patches), 4)} if code == 0 else set()
                 )
             assert (entry["rows"], entry["text_tokens"], entry["image_tokens"]) == (rows, text, image)
+            for b in batches:
+                for d, key in enumerate(b.keys):
+                    if key in keys:
+                        name, _, sample = key.split(":", 2)
+                        once[f"{name}:{sample}"] = int(((b.doc_id == d) & (b.modality == 0)).sum())
             assert entry["unique_images"] == len(pictures)
-            assert entry["unique_tokens"] <= entry["text_tokens"]
+            assert entry["unique_tokens"] == sum(once.values())
+            assert entry["padding"] == rows * 64 - text - image
+            assert entry["share_rows"] == rows / (4 * steps)
+            assert entry["share_tokens"] == pytest.approx((text + image) / report["tokens"])
             if code == 0:
                 assert entry["documents"] == len(keys)
-        assert sum(e["share_tokens"] for e in report["sources"]) == pytest.approx(1)
+        both = report["sources"]
+        assert report["tokens"] == sum(int((b.doc_id >= 0).sum()) for b in batches)
+        for kind in ("text_tokens", "image_tokens"):
+            assert report[kind] == sum(e[kind] for e in both)
+        documents = sum(e["documents"] for e in both)
+        assert [e["share_documents"] for e in both] == [e["documents"] / documents for e in both]
     assert any("more than 4 epochs" in w for w in s.report(100)["warnings"])
     assert not s.report(1)["warnings"]
 
@@ -394,6 +408,7 @@ class FakeWorld:
         text = Text(ids=words, token_class=(words % 5).astype(np.uint8), oracle=words.astype(np.float32))
         images = tuple(Image(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(rng.integers(0, 3)))
         meta = {"eos_oracle": 2.0, "eos_class": 2, "lookups": tuple(words[:2].tolist()), "exposures": len(words)}
+        meta["text_nats"] = np.array([*(words * 0.5), 0.25], np.float32)
         return Sample(f"{block}.{i}", (*images, text), meta)
 
 
@@ -464,6 +479,44 @@ def test_world_exposures_and_lookups(fake):
     val = Stream(fake, 0, "val", 4)
     texts = val.val_batches("text")
     assert len(val.val_lookups("text")) == 2 * sum(len(b.keys) for b in texts)
+    nats = sum(0.5 * b.targets[b.targets >= 4].sum() + 0.25 * len(b.keys) for b in texts)
+    assert val.val_text_nats("text") == pytest.approx(nats)
+
+
+def test_a_world_block_from_the_cache_is_the_one_generated(fake):
+    """Also what no batch shows: which entities each row asks for, its statistics, its nats of the text alone."""
+    Stream(fake, 0, "train", 8).batch(0)
+    source = Stream(fake, 0, "train", 8).sources[0]
+    read, made = source.block(0), source._build(0)
+    assert [x.tolist() for x in read.lookups] == [x.tolist() for x in made.lookups]
+    assert len(read.lookups) == 64
+    assert any(len(x) for x in read.lookups[-2:])
+    for name in ("patch_ptr", "doc_ptr", "exposures", "text_nats"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(made, name))
+    assert read.statistics() == made.statistics()
+    for r in (0, 31, 63):  # and they are those of the row
+        row = stream.take([(read, r)])
+        real = row.doc_id >= 0
+        mine = {name: values[r] for name, values in read.statistics().items()}
+        assert (mine["documents"], mine["image_tokens"]) == (len(row.keys), row.modality.sum())
+        assert mine["text_tokens"] == (real & (row.modality == 0)).sum()
+        assert mine["targets"] == (row.targets >= 0).sum()
+
+
+def test_the_ledger_of_a_world_counts_its_batches(fake):
+    s = Stream(fake, 0, "train", 8)
+    batches = [s.batch(i) for i in range(37)]  # several blocks of each domain, the last one in part
+    for code, entry in zip((0, 2), s.report(37)["sources"], strict=True):
+        mine = [b.domain == code for b in batches]
+        real = sum(int((m & (b.doc_id >= 0)).sum()) for m, b in zip(mine, batches, strict=True))
+        image = sum(int((m & (b.modality == 1)).sum()) for m, b in zip(mine, batches, strict=True))
+        assert entry["rows"] == sum(int(m.sum()) for m in mine) // 48
+        assert entry["rows"] > 64
+        assert entry["rows"] % 64
+        assert not entry["estimated"]
+        assert (entry["text_tokens"], entry["image_tokens"]) == (real - image, image)
+        assert entry["unique_images"] == image // 4
+        assert entry["documents"] == sum(k.startswith(entry["name"] + ":") for b in batches for k in b.keys)
 
 
 def test_damaged_world_block_is_generated_again(fake, tmp_path):
