@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from isofusion.data.batch import SLOT_VECTORS, PackedBatch
 from isofusion.errors import InputError
 from isofusion.model import native
-from isofusion.model.attention import _blocks_by_length, block_mask, may_attend
+from isofusion.model.attention import _blocks_by_length, block_mask, choose_execution, may_attend
 from isofusion.model.decoder import Decoder
 from isofusion.model.experts import SlotPlan
 from isofusion.model.init import init_weights
@@ -288,6 +288,15 @@ def test_blocks_by_length_cover_every_document_once() -> None:
 def test_an_unknown_execution_is_refused(batch: PackedBatch, make_config: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match='attention "fast" is unknown'):
         logits_of(model_of(make_config(), "fast"), batch)
+
+
+def test_auto_is_flex_on_a_gpu_where_heads_are_wide_enough_and_native_on_a_cpu_that_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert [choose_execution("auto", torch.device("cuda"), head) for head in (8, 16, 64)] == ["dense", "flex", "flex"]
+    for there in (True, False):
+        monkeypatch.setattr(native, "available", lambda there=there: there)
+        assert choose_execution("auto", torch.device("cpu"), 64) == ("native" if there else "sdpa")
 
 
 def test_native_attention_is_refused_where_there_is_none(
