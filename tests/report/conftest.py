@@ -161,7 +161,7 @@ def _eval(
         counts = rng.integers(200, 1000, (2, 4, experts)) if experts == 4 else np.zeros((2, 4, 2), int)
         if experts == 2:
             counts[0, :, 0], counts[1, :, 1] = 4000, 3000
-        routing = {"text": {"caption": counts[0].tolist()}, "image": {"caption": counts[1].tolist()}}
+        routing = {"caption": {"text": counts[0].tolist(), "image": counts[1].tolist()}}
     mean = float(np.mean(list(losses.values())))
     return {
         "step": 1, "tokens": tokens, "text_tokens": tokens * 0.55, "image_tokens": tokens * 0.45, "flops": flops,

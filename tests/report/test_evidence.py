@@ -81,6 +81,93 @@ def test_fusion_is_measured_from_chance() -> None:
     assert (found["blind_margin"], found["blind_z"]) == pytest.approx((-0.1, -2.0))
 
 
+GAPS = {0: {10: 0.2, 20: 0.4}, 1: {10: 0.1, 20: 0.3}}  # by seed and steps: how much worse arm b is
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Two arms of one size, two seeds, two budgets; arm b has a third seed. Files of runs as training leaves them."""
+    rows = []
+    for arm, seed, steps in [(a, s, t) for a in "ab" for s in (0, 1, 2) for t in (10, 20) if (a, s) != ("a", 2)]:
+        row = {"run": f"{arm}-{seed}-{steps}", "arm": arm, "n": 5.0, "tokens": steps, "seed": seed, "steps": steps}
+        loss = 1.0 + 0.1 * seed + 0.01 * steps + (GAPS.get(seed, {}).get(steps, 7.0) if arm == "b" else 0.0)
+        asked = {"loss": loss, "targets": 30, "se": 0.1, "chance": 1.5, "blind": 1.5, "blind_se": 0.2, "shuffled": 1.6}
+        domains = {
+            "caption": {"loss": 1.0, "shuffled": 1.5, "blind": 1.4, "targets": 90},
+            "interleaved": {"loss": 1.0, "shuffled": 1.0, "blind": 1.0, "targets": 9},
+            "text": {"loss": 2.0, "shuffled": None, "blind": None, "targets": 7},
+        }
+        classes = {
+            "caption/fusion-after": asked,
+            "caption/spatial": {"loss": None},
+            "caption/count": {"loss": 1, "targets": 0},
+        }
+        classes |= {
+            "text/unclassified": {"loss": 2.0, "targets": 7},
+            "caption/unclassified": {"loss": 2.0, "targets": 7},
+        }
+        routing = {
+            "caption": {"text": [[3, 1]], "image": [[0, 4]]},
+            "text": {"text": [[1, 3]], "image": [[0, 0]]},
+        }
+        record = {"domains": domains, "classes": classes, "routing": routing if arm == "b" else None}
+        (tmp_path / "runs" / row["run"]).mkdir(parents=True)
+        (tmp_path / "runs" / row["run"] / "eval.json").write_text(json.dumps(record))
+        targets, true = np.array([10.0, 20.0, 20.0]), np.array([11.0, 19.0, 20.0])
+        worse = (0.5 * seed + 1.0) * np.array([1.0, 2.0, 3.0]) if arm == "b" else 0.0
+        arrays = {"caption/doc_targets": targets, "caption/doc_true": true, "caption/doc_shuffled": true + [5, 11, 9]}
+        arrays |= {"caption/doc_blind": true + 4, "caption/fusion-after_targets": targets}
+        np.savez(
+            tmp_path / "runs" / row["run"] / "eval_docs.npz", **arrays, **{"caption/fusion-after_true": true + worse}
+        )
+        rows.append(row)
+    return tmp_path, rows
+
+
+def test_fusion_is_compared_by_trunk_and_by_document(folder: tuple[Path, list[dict[str, Any]]]) -> None:
+    out, rows = folder
+    (found,) = evidence.fusion_compare(out, rows, [("a", "b")], {5.0: "s"})
+    trunks = [-np.mean([*by_steps.values()]) for by_steps in GAPS.values()]
+    span = stats.ttest_1samp(trunks, 0.0).confidence_interval(0.95)
+    assert (found["diff"], found["lo"], found["hi"]) == pytest.approx((-0.25, span.low, span.high))
+    assert (found["class"], found["trunks"], found["pairs"]) == ("caption/fusion-after", 2, 4)
+    assert found["verdict"] == evidence.verdict(found["lo"], found["hi"])
+    documents = found["documents"]
+    assert (documents["size"], documents["steps"], documents["seeds"], documents["docs"]) == ("s", 20, 2, 3)
+    assert documents["diff"] == pytest.approx(-1.25 * 6 / 50)  # the mean of both seeds' gaps
+
+
+def test_use_of_the_image_and_classes_are_those_of_the_largest_run(folder: tuple[Path, list[dict[str, Any]]]) -> None:
+    out, rows = folder
+    found = {r["arm"]: r for r in evidence.image_use(out, rows)}  # text shows no image, interleaved no difference
+    assert [(r["run"], r["domain"]) for r in found.values()] == [("a-0-20", "caption"), ("b-0-20", "caption")]
+    assert (found["a"]["true"], found["a"]["shuffled"], found["a"]["blind"], found["a"]["docs"]) == (1.0, 1.5, 1.4, 3)
+    assert found["a"]["d_shuffled"]["diff"] == pytest.approx(25 / 50)
+    assert found["a"]["d_blind"]["diff"] == pytest.approx(12 / 50)
+    labels = [(r["domain"], r["label"], r["class"]) for r in evidence.classes(out, rows) if r["arm"] == "b"]
+    assert labels == [  # no class without a loss or a target; unclassified only where it is not the whole domain
+        ("caption", "all targets", None),
+        ("caption", "fusion-after", "fusion-after"),
+        ("caption", "unclassified", "unclassified"),
+        ("interleaved", "all targets", None),
+        ("text", "all targets", None),
+    ]
+
+
+def test_experts_are_counted_over_all_domains(folder: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Text 4 and 4, image 0 and 4: all tokens of the first expert are text, half of the second's (balanced: a third).
+
+    One of the domains has a modality's name: its own counts are not all of that modality's.
+    """
+    out, rows = folder
+    found = evidence.experts(out, rows)
+    assert list(found) == ["b"]
+    assert found["b"]["shares"] == {"text": [[0.5, 0.5]], "image": [[0.0, 1.0]]}
+    assert found["b"]["score"] == pytest.approx([0.5])
+    third = -(math.log2(1 / 3) + 2 * math.log2(2 / 3)) / 3
+    assert found["b"]["balanced"] == pytest.approx([(1 + 1 - third) / 2])
+
+
 def sweep(losses: dict[tuple[str, int], dict[float, float]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(the study's own rows, those of the sweep); seed 1 of the study is much better and not the sweep's."""
     own, tried = [], []

@@ -275,15 +275,10 @@ def experts(out: Path, rows: list[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _routing_counts(routing: dict[str, Any], kind: str) -> np.ndarray | None:
-    """[layers, experts] counts of one modality, summed over domains whichever way round they are nested."""
-    entry = routing.get(kind)
-    if entry is None:
-        parts = [d[kind] for d in routing.values() if isinstance(d, dict) and kind in d]
-    else:
-        parts = list(entry.values()) if isinstance(entry, dict) else [entry]
-    arrays = [np.asarray(p, dtype=float) for p in parts if p]
-    arrays = [p for p in arrays if p.ndim == 2]
-    return np.sum(arrays, axis=0) if arrays else None
+    """[layers, experts] counts of one modality, summed over domains; eval.json holds domain -> modality -> counts."""
+    parts = [np.asarray(d[kind], dtype=float) for d in routing.values() if isinstance(d, dict) and d.get(kind)]
+    parts = [p for p in parts if p.ndim == 2]
+    return np.sum(parts, axis=0) if parts else None
 
 
 def noise(points: list[dict[str, Any]], domains: list[str]) -> dict[str, dict[str, Any]]:
