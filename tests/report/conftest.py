@@ -192,3 +192,9 @@ def _metrics(folder: Path, arm: str, n: float, first: int, last: int, rng: Any) 
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("planted")
     return out, make_study(out)
+
+
+@pytest.fixture
+def noisy(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """One arm with ten times the noise."""
+    return tmp_path, make_study(tmp_path, arms=("late",), noise=0.02)

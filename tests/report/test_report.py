@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from isofusion.errors import InputError
+from isofusion.laws.doubt import law_warnings
 from isofusion.report import advice, evidence, render, tables, tables_evidence, text, words
 from isofusion.report.analysis import analyse
 from isofusion.report.figures import NAMES, compute_optimal
@@ -538,3 +539,30 @@ def test_a_baseline_of_some_held_out_runs_stands_beside_the_law_on_these(built: 
     others = [h for d, h in a["holdout"]["early"].items() if d != "caption" and h.get("ok")]
     law = (0.034 + sum(h["beside"]["carry_over"]["law_mae_reducible"] for h in others)) / (1 + len(others))
     assert f"the law on the same runs: {words.percent(law)}" in text.predicted_against_observed(a)
+
+
+def test_the_report_warns_of_what_fit_warns_of(noisy: tuple[Path, list[dict[str, Any]]]) -> None:
+    """It left out runs that decide an exponent, and baselines but carry-over that predict the held-out size better."""
+    out, rows = noisy
+    corner = next(r for r in rows if r["width"] == 56 and r["steps"] == 900)
+    corner["loss_caption"] *= 0.9
+    a = analyse(out, rows)
+    domains = a["study"]["domains"]
+    laws = fit_arm(rows, "late", domains, "exact")
+    for domain in domains:
+        told = law_warnings(laws.fits[domain], laws.intervals[domain])
+        assert a["fits"]["late"][domain]["warnings"] == [{"code": w.code, "message": w.message} for w in told]
+    said = {w["code"]: [i["text"] for i in w["items"]] for w in a["warnings"]}
+    assert any("that run decides the answer" in text for text in said["odd-run"])
+    assert any("poorly determined" in text for text in said["wide-interval"])
+    held = a["holdout"]["late"]["caption"]
+    held["beside"] = {
+        "carry_over": {"runs": held["runs"], "mae_reducible": 0.03, "law_mae_reducible": 0.02},
+        "power_law": {"runs": held["runs"], "mae_reducible": 0.01, "law_mae_reducible": 0.02},
+        "nearest": {"runs": 0, "mae_reducible": None, "law_mae_reducible": None},
+    }
+    worse = next(w for w in advice.warnings(a) if w["code"] == "holdout-worse")["items"]
+    assert {tuple(i["where"]): i["text"] for i in worse}["late / caption",] == (
+        "the hold-out is predicted worse (2.0 % of the reducible loss) than by k C^c (1.0 %)"
+    )
+    assert "than by k·Cᶜ (1.0 %)" in undrawn(a | {"warnings": advice.warnings(a)})

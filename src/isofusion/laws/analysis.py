@@ -26,12 +26,12 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws.bootstrap import Intervals, Method, bootstrap
 from isofusion.laws.derived import allocation, at_compute
+from isofusion.laws.doubt import law_warnings
 from isofusion.laws.fit import DELTA, LawFit, Starts, fit_law
 from isofusion.laws.frontier import Cost, Regression, compute_optimal, exponents, regress_allocation
 from isofusion.laws.holdout import HoldOut, hold_out, largest_size
 from isofusion.laws.interval import ends
 from isofusion.laws.isoflop import IsoFlops, isoflops
-from isofusion.laws.noise import interval_warnings
 from isofusion.laws.profile import Profile, Studies, profile
 from isofusion.laws.rollout import Rollout, beaten, rollout
 from isofusion.laws.sensitivity import Sensitivity, sensitivity
@@ -74,7 +74,7 @@ class Analysis:
     sensitivity: Sensitivity | Refused
     isoflops: IsoFlops | Refused
     profiles: dict[str, Profile | Refused] = field(default_factory=dict)
-    doubts: tuple[FitWarning, ...] = ()  # what the runs say against the intervals
+    doubts: tuple[FitWarning, ...] = ()  # what is told against the law and its intervals
 
     @property
     def compute(self) -> float:
@@ -93,11 +93,10 @@ class Analysis:
         return {"largest size": self.held} | {name: self.rollouts[by] for by, name in each.items()}
 
     def warnings(self) -> list[dict[str, str]]:
-        """Whether a baseline beats the law; those of the fit, of each answer and of the isoFLOP budgets; each once."""
+        """Whether a baseline beats the law; those of the law, of each answer and of the isoFLOP budgets; each once."""
         worse = beaten({name: test for name, test in self.tests.items() if not isinstance(test, Refused)})
         found = [{"code": "holdout-worse", "message": worse}] if worse else []
-        own = (*self.fit.warnings, *self.doubts)
-        found += [{"code": w.code, "message": w.message} for w in own]
+        found += [{"code": w.code, "message": w.message} for w in self.doubts]
         found += [w for row in self.answers for w in row["warnings"]]
         for p in (*self.profiles.values(), self.isoflops):
             if isinstance(p, (Profile, IsoFlops)):
@@ -199,7 +198,7 @@ def analyse(
         sensitivity=choices(),
         isoflops=budgets,
         profiles=found_profiles,
-        doubts=interval_warnings(intervals) if intervals else (),
+        doubts=law_warnings(fit, intervals),
     )
 
 

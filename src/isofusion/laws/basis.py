@@ -129,8 +129,8 @@ def of_fit(fit: LawFit, intervals: Intervals | None = None) -> Basis:
 
     Raises InputError where the fitted law lacks a term: it then has no optimum.
     """
+    from isofusion.laws.doubt import law_warnings
     from isofusion.laws.frontier import Cost
-    from isofusion.laws.noise import interval_warnings
 
     if not (fit.form.n_term and fit.form.d_term):
         raise InputError(f"{fit.form.formula}: a law without both terms has no optimal size")
@@ -140,7 +140,7 @@ def of_fit(fit: LawFit, intervals: Intervals | None = None) -> Basis:
     def rate(n: Array) -> Array:
         return np.asarray(cost.per_token(n), dtype=np.float64)
 
-    told = (*fit.warnings, *(interval_warnings(intervals) if intervals is not None else ()))
+    told = law_warnings(fit, intervals)
     words = "C = 6 N D" if cost.kind == "6nd" else "C = k(N) D, k measured on the runs"
     facts = {
         "formula": f"L = {fit.form.formula}",

@@ -192,8 +192,10 @@ def _draw(
         log_loss += np.log(others.predict(runs.n, runs.d))
         log_loss[:, noise.odd] = np.log(runs.loss[noise.odd])
         weights = np.ones_like(log_loss)
-        trunks, member = np.unique(runs.group[noise.odd], return_inverse=True)
-        weights[:, noise.odd] = rng.poisson(1.0, (draws, len(trunks)))[:, member]
+        of = np.searchsorted(np.unique(runs.group), runs.group[noise.odd])
+        for trunk in np.unique(of):  # a stream for each trunk: the same weights in every domain where it is odd
+            own = np.random.Generator(np.random.Philox(key=[seed, 1 + trunk]))
+            weights[:, noise.odd[of == trunk]] = own.poisson(1.0, (draws, 1))
         plural = "s" * (len(noise.odd) > 1)
         return log_loss, weights, f"{note}; {len(noise.odd)} odd run{plural} resampled instead"
     if method == "residual":

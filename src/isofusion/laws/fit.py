@@ -59,6 +59,7 @@ LOOSE = 1e-6  # predicted relative decrease at which the next stage starts
 SAME_BASIN = 1e-6  # relative difference of objectives that still counts as the same end
 LEAST = 3  # degrees of freedom of a drawn variance: below, it has no mean, and refits of such draws say nothing
 FREEDOM = 4  # degrees of freedom below which a fit is not tested by its own runs (3 sizes x 3 budgets leave 4)
+RANK = 1e-10  # singular value, beside a whole trunk's, from which a direction counts
 RATIO = 0.74  # of successive deltas in the fine continuation
 Starts = Literal["projection", "paper"]
 
@@ -199,8 +200,11 @@ def check_identified(runs: Runs, form: Form) -> None:
 
 
 def spared(fit: LawFit) -> npt.NDArray[np.int64]:
-    """Odd runs of a fit (residuals.py), the farthest first, if the others identify the law and leave LEAST degrees of
-    freedom; else none.
+    """Odd runs of a fit (residuals.py), the farthest first, if the others identify the law and its noise; else none.
+
+    Its noise: LEAST degrees of freedom are left, and inside trunks that have branches one, where all runs have it (else
+    the luck of trunks would be taken for that of branches). Trunks keep LEAST beyond the law's level: `odd_runs` calls
+    fewer than half of those odd.
     """
     odd = odd_runs(fit.residuals, len(fit.names), fit.runs.group)
     if not len(odd):
@@ -210,7 +214,23 @@ def spared(fit: LawFit) -> npt.NDArray[np.int64]:
         check_identified(others, fit.form)
     except InputError:
         return odd[:0]
-    return odd if len(others) - len(fit.names) >= LEAST else odd[:0]
+    if len(others) - len(fit.names) < LEAST:
+        return odd[:0]
+    rows = np.arange(len(fit.runs))
+    branched = len(np.unique(others.group)) < len(others)
+    lost = branched and _inside_freedom(fit, rows) > 0 >= _inside_freedom(fit, np.setdiff1d(rows, odd))
+    return odd[:0] if lost else odd
+
+
+def _inside_freedom(fit: LawFit, rows: npt.NDArray[np.int64]) -> int:
+    """Degrees of freedom of the residuals of these rows inside their trunks, the law's tangent space taken out."""
+    problem = Problem.of(fit.runs, fit.form, fit.scale, fit.bounds)
+    basis = np.linalg.qr(jacobian(fit.theta[None], problem)[0][fit.form.free].T[rows])[0]
+    trunks, member = np.unique(fit.runs.group[rows], return_inverse=True)
+    count = np.bincount(member)
+    means = np.stack([np.bincount(member, column) for column in basis.T]) / count
+    singular = np.linalg.svd(basis - means[:, member].T, compute_uv=False)
+    return len(rows) - len(trunks) - int(np.sum(singular > RANK * np.sqrt(count.max())))
 
 
 def continuation(delta: float) -> list[float]:

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import fdtrc  # the tail of an F distribution
+from scipy.special import chdtrc, chdtri, fdtrc  # tails of chi-square, its inverse, and of F
 
-from isofusion.laws.fit import LEAST, LawFit, spared
+from isofusion.laws.fit import LEAST, RANK, LawFit, spared
 from isofusion.laws.objective import Problem, jacobian
 from isofusion.laws.refit import without
 from isofusion.laws.residuals import EXACT, pull_warning
@@ -52,6 +52,7 @@ class Noise:
     seed_freedom: int
     source: str
     odd: npt.NDArray[np.int64]  # runs that these spreads do not describe
+    drawn: tuple[int, int]  # degrees of freedom of `trunk` (0: without trunks) and `branch` were no run odd
 
     @property
     def total(self) -> float:
@@ -63,7 +64,8 @@ class Noise:
         return None if self.freedom else "no residual freedom left to estimate the luck of trunks"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "odd": len(self.odd), "total": self.total}
+        plain = {k: v for k, v in self.__dict__.items() if k != "drawn"}
+        return plain | {"odd": len(self.odd), "total": self.total}
 
 
 def tangent(fit: LawFit) -> tuple[Array, Array]:
@@ -137,9 +139,13 @@ def _independent_seeds(runs: Runs, residuals: Array) -> tuple[float, float, int,
 
 def estimate_noise(fit: LawFit) -> Noise:
     """Trunk and branch spread of a fit's runs, odd ones apart (see the module docstring)."""
+    every = _spreads(fit)
     odd = spared(fit)
-    if len(odd):
-        fit = without(fit, odd)
+    return replace(_spreads(without(fit, odd)), odd=odd, drawn=every.drawn) if len(odd) else every
+
+
+def _spreads(fit: LawFit) -> Noise:
+    """Of all runs of a fit, whose residuals are from its own law."""
     runs = fit.runs
     basis, r = tangent(fit)
     trunks, member = np.unique(runs.group, return_inverse=True)
@@ -155,7 +161,7 @@ def estimate_noise(fit: LawFit) -> Noise:
         sums = np.stack([np.bincount(member, column, len(trunks)) for column in (*basis.T, r)])  # [p + 1, q]
         inside = np.column_stack([basis, r]) - (sums / count)[:, member].T
         left, singular, _ = np.linalg.svd(inside[:, :-1], full_matrices=False)
-        moved = left[:, singular > 1e-10 * np.sqrt(count.max())]
+        moved = left[:, singular > RANK * np.sqrt(count.max())]
         rest = inside[:, -1]
         free_within = len(runs) - len(trunks) - moved.shape[1]
         within_ss = float(np.sum((rest - moved @ (moved.T @ rest)) ** 2))
@@ -163,7 +169,9 @@ def estimate_noise(fit: LawFit) -> Noise:
         freedom = max(0, len(trunks) - int(fit.form.free[:3].sum()))
         per_trunk = len(runs) / len(trunks)
         source = "variance components of the residuals (no seed is repeated)"
-        if free_within > 0:
+        if free_within <= 0:
+            source = "residuals; too few runs inside trunks tell their luck apart: taken for independent, which may be too narrow"
+        else:
             branch_var, branch_freedom = within_ss / free_within, free_within
             if freedom and weight_u > 1e-9:
                 per_trunk = weight_u / freedom
@@ -190,7 +198,8 @@ def estimate_noise(fit: LawFit) -> Noise:
         seed_spread,
         seed_free,
         source,
-        odd,
+        np.zeros(0, dtype=np.int64),
+        (freedom if per_trunk else 0, branch_freedom),
     )
 
 
@@ -252,14 +261,25 @@ def simulate_deviations(rng: np.random.Generator, fit: LawFit, draws: int) -> Ar
 
 
 def simulate_noise(rng: np.random.Generator, noise: Noise, group: np.ndarray, draws: int, least: int = LEAST) -> Array:
-    """Noise of log loss for runs with these trunk labels, [S, m]; its variances are drawn too (inverse chi-square)."""
+    """Noise of log loss for runs with these trunk labels, [S, m]; its variances are drawn too (inverse chi-square).
+
+    Odd runs change no random number: losses of the same runs in several domains, drawn with one seed, share the luck of
+    their trunks whichever of them are odd where. So chi-squares are drawn as if none were, and keep their tail at the
+    degrees of freedom that are left.
+    """
     trunks, member = np.unique(group, return_inverse=True)
-    branch_freedom = max(noise.branch_freedom, least)
-    branch = noise.branch**2 * branch_freedom / rng.chisquare(branch_freedom, size=(draws, 1))
+
+    def scaled(variance: float, freedom: int, drawn: int) -> Array:  # [S, 1]
+        freedom, drawn = max(freedom, least), max(drawn, least)
+        found = rng.chisquare(drawn, size=(draws, 1))
+        square = found if freedom == drawn else chdtri(freedom, chdtrc(drawn, found))
+        return np.asarray(variance * freedom / square)
+
+    branch = scaled(noise.branch**2, noise.branch_freedom, noise.drawn[1])
     trunk = np.zeros((draws, 1))
-    if noise.per_trunk and noise.freedom:
-        freedom = max(noise.freedom, least)
-        square = noise.branch**2 + noise.per_trunk * noise.trunk**2
-        trunk = np.maximum(0.0, square * freedom / rng.chisquare(freedom, size=(draws, 1)) - branch) / noise.per_trunk
+    if noise.drawn[0]:
+        level = scaled(noise.branch**2 + noise.per_trunk * noise.trunk**2, noise.freedom, noise.drawn[0])
+        if noise.per_trunk and noise.freedom:
+            trunk = np.maximum(0.0, level - branch) / noise.per_trunk
     u = rng.standard_normal((draws, len(trunks))) * np.sqrt(trunk)
     return u[:, member] + rng.standard_normal((draws, len(group))) * np.sqrt(branch)

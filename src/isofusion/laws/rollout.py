@@ -187,17 +187,21 @@ def beaten(tests: Mapping[str, HoldOut | Rollout]) -> str:
     """
     told = []
     for what, test in tests.items():
-        found = []
-        for key, name in BASELINES.items():
-            pair = test.beside(key)
-            pair = pair if np.isfinite(pair.baseline) else test.beside(key, reducible=False)
-            if pair.law > pair.baseline:
-                found.append((pair.baseline / pair.law, name, pair))
-        if found:
-            _, name, pair = min(found)
+        pairs = {key: test.beside(key) for key in BASELINES}
+        ahead = furthest_ahead(
+            {k: p if np.isfinite(p.baseline) else test.beside(k, reducible=False) for k, p in pairs.items()}
+        )
+        if ahead:
+            name, pair = BASELINES[ahead[0]], ahead[1]
             errors = "{} is off by {} %, the law by {} %".format(name, *percent(pair.baseline, pair.law))
             told.append(f"{what}, {errors} on the same {pair.runs} run{'s' * (pair.runs > 1)}")
     return f"held-out runs are predicted better without the law: {'; '.join(told)}" if told else ""
+
+
+def furthest_ahead(pairs: Mapping[str, Beside]) -> tuple[str, Beside] | None:
+    """(name, errors) of the baseline that is furthest ahead of the law on the same runs, or None where none is."""
+    found = [(pair.baseline / pair.law, name, pair) for name, pair in pairs.items() if pair.law > pair.baseline]
+    return min(found)[1:] if found else None
 
 
 def _plain(value: float) -> float | None:

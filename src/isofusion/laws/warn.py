@@ -25,6 +25,8 @@ WarningCode = Literal[
     "odd-run",
     "uneven-spread",
     "shared-luck",
+    "draws-at-bound",
+    "wide-interval",
 ]
 
 

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from isofusion.laws.holdout import Beside
+from isofusion.laws.rollout import furthest_ahead
 from isofusion.report.words import fixed, interval, listed, percent, power, si
 
 Analysis = dict[str, Any]
-WIDE = 0.5
-"""An interval of an exponent wider than this share of the exponent, each way, is called wide."""
-MAX_AT_BOUND = 0.025
 MANY_EPOCHS = 4.0
+BY = {
+    "carry_over": "carrying over the next size's loss",
+    "power_law": "k C^c",
+    "nearest": "taking the nearest run's loss",
+}
+"""Baselines of a hold-out (rollout.BASELINES), in a sentence."""
 
 
 def mean_key(a: Analysis) -> str:
@@ -96,29 +100,15 @@ def warnings(a: Analysis) -> list[dict[str, Any]]:
                 continue
             for w in fit["warnings"]:
                 found.append((w["code"], w["message"], where))
-            if fit["share_at_bound"] > MAX_AT_BOUND:
-                share = percent(fit["share_at_bound"])
-                found.append(
-                    ("draws-at-bound", f"{share} of the bootstrap draws end with an exponent at its bound", where)
-                )
-            for name in ("alpha", "beta"):
-                low, high = fit["interval"][name]
-                if high - low > 2 * WIDE * fit[name]:
-                    found.append(
-                        (
-                            "wide-interval",
-                            f"{name} = {fixed(fit[name])} {interval((low, high))} is poorly determined",
-                            where,
-                        )
-                    )
     for arm, by_domain in a["holdout"].items():
         for domain, held in by_domain.items():
             where = f"{arm} / {domain}"
-            if held.get("ok") and held["beats_carry"] is False:
-                pair = Beside.of(held["beside"]["carry_over"])
+            ahead = furthest_ahead({k: Beside.of(v) for k, v in held["beside"].items()}) if held.get("ok") else None
+            if ahead:
+                name, pair = ahead
                 text = (
                     f"the hold-out is predicted worse ({percent(pair.law)} of the reducible loss) than by "
-                    f"carrying over the next size's loss ({percent(pair.baseline)})"
+                    f"{BY[name]} ({percent(pair.baseline)})"
                 )
                 if pair.runs < held["runs"]:
                     text += f", on the {pair.runs} of {held['runs']} runs that this predicts"
@@ -160,12 +150,16 @@ _ORDER = (
     "term-vanished",
     "not-converged",
     "draws-at-bound",
+    "odd-run",
     "holdout-worse",
     "untuned",
     "wide-interval",
     "irreducible-loss-zero",
     "flat",
     "unidentified",
+    "uneven-spread",
+    "shared-luck",
+    "too-few-runs",
     "repetition",
     "no-noise-floor",
     "too-few-sizes",

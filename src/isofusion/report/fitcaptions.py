@@ -25,8 +25,8 @@ from isofusion.report.fitfigures_tests import (
     residual_reach,
     step_errors,
 )  # fmt: skip
-from isofusion.report.fittables import capital, pretty, short
-from isofusion.report.words import fixed, interval, percent, power, si
+from isofusion.report.fittables import capital, short
+from isofusion.report.words import fixed, interval, percent, power, pretty, si
 
 
 def left_out(runs: Runs, mask: np.ndarray) -> str:

@@ -23,11 +23,11 @@ from isofusion.report import render
 from isofusion.report.css import CSS
 from isofusion.report.fitcaptions import CAPTIONS
 from isofusion.report.fitfigures import FIGURES
-from isofusion.report.fittables import answers, capital, choices, every_run, law, method, nats, pretty, short, tests
+from isofusion.report.fittables import answers, capital, choices, every_run, law, method, nats, short, tests
 from isofusion.report.panels import Grid
 from isofusion.report.style import NARROW, WIDE, WRAPPED, themed
 from isofusion.report.tables import raised
-from isofusion.report.words import interval, percent, power, si
+from isofusion.report.words import interval, percent, power, pretty, si
 
 
 def write_page(a: Analysis, path: str | Path) -> Path:
@@ -191,11 +191,6 @@ def cannot(a: Analysis) -> list[str]:
         rows.append(f"{len(found) - 7} more warnings are in the output of --json.")
     if a.intervals:
         rows += [f"No interval for {k}: {v}." for k in a.fit.names if (v := a.intervals.refusal(k))]
-        if a.intervals.share_at_bound > 0.025:
-            rows.append(
-                f"{percent(a.intervals.share_at_bound)} of the bootstrap draws end with an exponent at a bound: the "
-                "intervals describe the bounds as much as the runs."
-            )
     for what, part in (("hold-out", a.held), ("table of choices", a.sensitivity), ("isoFLOP analysis", a.isoflops)):
         if isinstance(part, Refused):
             rows.append(f"No {what}: {part.reason}.")

@@ -14,7 +14,7 @@ from isofusion.laws.holdout import HoldOut
 from isofusion.laws.profile import Profile
 from isofusion.laws.sensitivity import Sensitivity
 from isofusion.report.tables import Html, beside, folded, table, with_interval
-from isofusion.report.words import DASH, fixed, interval, percent, power, si
+from isofusion.report.words import DASH, fixed, interval, percent, power, pretty, si
 
 
 def answers(a: Analysis) -> str:
@@ -150,16 +150,6 @@ def every_run(a: Analysis) -> str:
     return folded(
         f"All {len(r)} runs and what the law says of them", table(["N", "D", "C, FLOPs", "loss", "law", "off by"], rows)
     )
-
-
-def pretty(text: str) -> str:
-    """3.2e+18 as 3.2·10¹⁸, sizes of up to a trillion as 2.29B, k C^c as k·Cᶜ."""
-
-    def shown(found: re.Match[str]) -> str:
-        value = float(found[0])
-        return si(value) if 1e3 <= value < 1e15 else power(value, 2 if "." in found[0] else 0)
-
-    return re.sub(r"(?<![\w.^])-(?=\d)", "−", re.sub(r"\d+(?:\.\d+)?e[+-]?\d+", shown, text.replace("k C^c", "k·Cᶜ")))
 
 
 def capital(text: str) -> str:

@@ -19,11 +19,13 @@ import numpy.typing as npt
 
 from isofusion.errors import InputError
 from isofusion.laws.bootstrap import Intervals, bootstrap
+from isofusion.laws.doubt import law_warnings
 from isofusion.laws.fit import LawFit, fit_law
 from isofusion.laws.forms import Params
 from isofusion.laws.frontier import Cost, envelope, exponents, regress_allocation
 from isofusion.laws.holdout import hold_out, largest_size, leave_one_size_out
 from isofusion.laws.interval import interval
+from isofusion.laws.rollout import BASELINES
 from isofusion.laws.table import Runs
 from isofusion.report.evidence import LEVEL, t_interval, verdict
 
@@ -111,7 +113,7 @@ def fit_entry(laws: ArmLaws, domain: str) -> dict[str, Any]:
         "residual_spread": residual,
         "share_at_bound": drawn.share_at_bound,
         "noise": drawn.noise.to_dict(),
-        "warnings": [{"code": w.code, "message": w.message} for w in fit.warnings],
+        "warnings": [{"code": w.code, "message": w.message} for w in law_warnings(fit, drawn)],
         "interval": {},
         "refused": {},
     }
@@ -279,7 +281,7 @@ def holdout(laws: ArmLaws, domain: str, points: list[dict[str, Any]]) -> dict[st
         "floor": found["reducible_floor"],
         "error_reducible": found["mae_reducible"],
         "error": found["mae_loss"],
-        "beside": {k: found["beside_baselines"][k] for k in ("carry_over", "power_law")},
+        "beside": {k: found["beside_baselines"][k] for k in BASELINES},
         "ratio_to_carry": found["ratio_to_carry_over"],
         "oracle_e": _with_known_floor(runs),
         "seeds_averaged": found["seeds_averaged"],

@@ -10,7 +10,7 @@ from typing import Any
 from isofusion.laws.holdout import Beside
 from isofusion.report.figures import NAMES
 from isofusion.report.style import arm_styles
-from isofusion.report.words import DASH, duration, fixed, interval, listed, percent, power, si
+from isofusion.report.words import DASH, duration, fixed, interval, listed, percent, power, pretty, si
 
 Analysis = dict[str, Any]
 esc = html.escape
@@ -77,7 +77,7 @@ def warnings(a: Analysis) -> str:
         return "<h2>Warnings</h2><p>None.</p>"
     items = []
     for w in a["warnings"]:
-        shown = [f"{esc(_where(a, i['where']))}: {esc(i['text'])}" for i in w["items"]]
+        shown = [f"{esc(_where(a, i['where']))}: {esc(pretty(i['text']))}" for i in w["items"]]
         first = shown[0]
         more = "".join(f"<li>{line}</li>" for line in shown[1:])
         rest = f"<details><summary>and {len(shown) - 1} more</summary><ul>{more}</ul></details>" if more else ""

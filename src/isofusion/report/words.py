@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,16 @@ def percent(share: float | None, digits: int = 1) -> str:
     if value >= 1e4:
         return f"{power(value)} %"
     return f"{value:.{digits}f} %".replace("-", "−")
+
+
+def pretty(text: str) -> str:
+    """3.2e+18 as 3.2·10¹⁸, sizes of up to a trillion as 2.29B, k C^c as k·Cᶜ."""
+
+    def shown(found: re.Match[str]) -> str:
+        value = float(found[0])
+        return si(value) if 1e3 <= value < 1e15 else power(value, 2 if "." in found[0] else 0)
+
+    return re.sub(r"(?<![\w.^])-(?=\d)", "−", re.sub(r"\d+(?:\.\d+)?e[+-]?\d+", shown, text.replace("k C^c", "k·Cᶜ")))
 
 
 def listed(items: Sequence[str]) -> str:
