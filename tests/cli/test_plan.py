@@ -166,13 +166,24 @@ def test_tables_are_read_with_the_options_of_fit(capsys: pytest.CaptureFixture[s
         (20.0, [5.0, None], "x 21 (+500 % to out of reach)"),
         (None, [30.0, None], "out of reach (x 31 to out of reach)"),
         (None, [None, None], "out of reach"),
-        (0.23, [None, None], "+23 % (no bound to out of reach)"),
+        (0.23, [None, None], "+23 % (no bound)"),
     ],
 )
 def test_what_is_out_of_reach_is_said_once(extra: float | None, span: list[float | None], shown: str) -> None:
     row = {"factor": 0.125, "n": 1e9, "d": 1e10, "tokens_per_parameter": 10.0, "loss": 2.1, "above": 0.1}
     (line,) = _curve([row | {"extra": extra, "extra_interval": span}])[2:]
     assert line.endswith(f"  {shown}")
+
+
+@pytest.mark.parametrize(
+    ("span", "shown"),
+    [([0.01, None], "(at least 0.0100)"), ([None, 0.3], "(at most 0.3000)"), (None, "(no bound)")],
+)
+def test_one_end_is_said_as_everywhere(span: list[float | None] | None, shown: str) -> None:
+    row = {"factor": 0.5, "n": 1e9, "d": 1e10, "tokens_per_parameter": 10.0, "loss": 2.1, "above": 0.1, "extra": 0.23}
+    (line,) = _curve([row | {"above_interval": span, "extra_interval": [None, 0.3]}])[2:]
+    assert f"+0.1000 {shown}" in line
+    assert line.endswith("  +23 % (at most +30 %)")
 
 
 def test_intervals_may_rest_on_resampled_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def _answers(
     for row in answers:
         cells = [f"{row['compute']:.3g}"]
         for key, how in (("n", si), ("d", si), ("tokens_per_parameter", short), ("loss", nats)):
-            span = row.get(f"{key}_interval")
-            cells.append(how(row[key]) + (f" [dim]({_span(span, how)})[/]" if span else ""))
+            span = f" [dim]({known(row[f'{key}_interval'], how)})[/]" if f"{key}_interval" in row else ""
+            cells.append(how(row[key]) + span)
         table.add_row(*cells)
     out.print(table)
     if isinstance(choices, Sensitivity):

@@ -211,6 +211,8 @@ def spelt(text: str) -> str:
 
 def show(plan: dict[str, Any]) -> list[str]:
     """The plan as lines of text."""
+    from isofusion.laws.interval import known
+
     law, best, spans = plan["law"], plan["answer"], plan["intervals"]
     lines = [f"{law['name']}: {law['formula']}", f"predicts {law['loss_of']}"]
     lines += [f"rests on {law['rests_on']}"] if "rests_on" in law else []
@@ -237,7 +239,8 @@ def show(plan: dict[str, Any]) -> list[str]:
     ]
     rows += [("with inference, FLOPs", "total", ".4g")] if plan["inference"] else []
     for label, key, form in rows:
-        lines.append(f"  {label:<22} {best[key]:>10{form}}{_span(spans.get(key), form)}")
+        span = f"   ({known(spans[key], lambda v, form=form: f'{v:{form}}')})" if key in spans else ""
+        lines.append(f"  {label:<22} {best[key]:>10{form}}{span}")
     if seen := plan["readings"]:
         read = ", ".join(f"{k} {seen[key][0]:.3g} to {seen[key][1]:.3g}" for k, key in (("N", "n"), ("D", "d")))
         lines.append(f"  if the figures are read 40 to 63 tokens per parameter at 1e21 FLOPs: {read} (no interval)")
@@ -272,6 +275,8 @@ def _shape(shape: dict[str, Any] | None) -> str:
 
 def _curve(curve: list[dict[str, Any]]) -> list[str]:
     """Loss against D/N at equal compute, and what the same loss costs with another N."""
+    from isofusion.laws.interval import known
+
     head = ("N", "", "D", "D/N", "loss", "above", "FLOPs for equal loss")
     rows: list[tuple[str, ...]] = [head]
     for row in curve:
@@ -284,11 +289,13 @@ def _curve(curve: list[dict[str, Any]]) -> list[str]:
         )
         lost = ("-", "-") if row["loss"] is None else (f"{row['loss']:.4f}", f"+{row['above']:.4f}")
         above, more = row.get("above_interval"), row.get("extra_interval")
-        if above and row["factor"] != 1 and all(v is not None for v in above):
-            lost = (lost[0], f"{lost[1]} ({above[0]:.4f} to {above[1]:.4f})")
-        if more and row["factor"] != 1 and (extra is not None or more[0] is not None):
-            ends = [_percent(v) if v is not None else none for v, none in zip(more, ("no bound", NEVER), strict=True)]
-            cost += f" ({ends[0]} to {ends[1]})"
+        if "above_interval" in row and row["factor"] != 1 and row["loss"] is not None:
+            lost = (lost[0], f"{lost[1]} ({known(above, '{:.4f}'.format)})")
+        low, high = more or (None, None)
+        if low is not None and high is None and row["factor"] != 1:  # draws that never reach the loss
+            cost += f" ({_percent(low)} to {NEVER})"
+        elif "extra_interval" in row and row["factor"] != 1 and (extra is not None or high is not None):
+            cost += f" ({known(more, _percent)})"
         rows.append((*cells, *lost, cost))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     out = ["off the optimum: other sizes at the same budget, and the budget they need for the same loss"]
@@ -297,12 +304,6 @@ def _curve(curve: list[dict[str, Any]]) -> list[str]:
 
 def _percent(share: float) -> str:
     return f"+{100 * share:.0f} %" if share < 10 else f"x {1 + share:.3g}"
-
-
-def _span(span: list[float | None] | None, form: str) -> str:
-    from isofusion.laws.interval import known
-
-    return "" if span is None else f"   ({known(span, lambda v: f'{v:{form}}')})"
 
 
 def mixture_plan(file: Path, n: float, d: float, form: str, target: str | None, draws: int) -> dict[str, Any]:

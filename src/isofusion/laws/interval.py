@@ -4,7 +4,8 @@ Percentiles of the draws, interpolated linearly between neighbours. A draw that 
 may lie anywhere, so it counts as below every value for the low end and above every value for the high end. Of an
 infinite and a finite neighbour the outer one is the end, so that too many failed or infinite draws leave none: -inf or
 inf. With fewer than 40 draws the ends of a 95 % interval lie between the outermost two draws; `bootstrap` takes 20 at
-least. Where one end is infinite only the other is known: `ends` writes that down, `known` says it. Legend: S draws.
+least. Where one end is infinite only the other is known: `ends` writes that down for JSON, `known` says it in
+every command and on every page: at least, at most. Legend: S draws.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def ends(low: float, high: float) -> list[float | None] | None:
     return None if both == [None, None] else both
 
 
-def known(span: Sequence[float | None], how: Callable[[float], str], both: str = "{} to {}") -> str:
+def known(span: Sequence[float | None] | None, how: Callable[[float], str], both: str = "{} to {}") -> str:
     """What an interval by `ends` says, its ends shown by `how`; nothing is known of an end that is None."""
-    low, high = span
+    low, high = span or (None, None)
     if low is not None and high is not None:
         return both.format(how(low), how(high))
     return f"at least {how(low)}" if low is not None else f"at most {how(high)}" if high is not None else "no bound"

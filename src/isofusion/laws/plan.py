@@ -19,7 +19,7 @@ import numpy as np
 from isofusion.errors import InputError
 from isofusion.laws import family
 from isofusion.laws.basis import Basis
-from isofusion.laws.interval import interval
+from isofusion.laws.interval import ends, interval
 from isofusion.laws.surface import Array, Rate, Surface, six_n
 from isofusion.laws.warn import beyond, extrapolates
 
@@ -158,7 +158,7 @@ class Plan:
     warnings: list[dict[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the curves' arrays; infinities become null."""
+        """Everything but the curves' arrays; infinities become null, and so does an interval without ends."""
         b = self.basis
         return plain(
             {
@@ -176,9 +176,11 @@ class Plan:
                     **b.facts,
                 },
                 "answer": self.answer,
-                "intervals": self.intervals,
+                "intervals": {k: ends(*span) for k, span in self.intervals.items()},
                 "readings": self.readings,
-                "curve": self.curve,
+                "curve": [
+                    {k: ends(*v) if k.endswith("_interval") else v for k, v in row.items()} for row in self.curve
+                ],
                 "inference": self.inference,
                 "shape": self.shape.to_dict() if self.shape else None,
                 "warnings": self.warnings,
