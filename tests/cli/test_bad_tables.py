@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ ONE_BUDGET = "n,d,loss\n" + "".join(f"{2**i}e8,1e9,{3 - i / 10}\n" for i in rang
 IDENTICAL = "n,d,loss\n" + "1e8,1e9,3\n" * 6
 GOOD = "n,d,loss\n" + "".join(
     f"{n:g},{d:g},{1.8 + 400 / n**0.34 + 1500 / d**0.36}\n" for n in (1e8, 3e8, 1e9) for d in (2e9, 8e9, 3e10)
+)
+
+SUMS, MEANS = (
+    ",".join(f"{sum(float(line.split(',')[i]) for line in GOOD.splitlines()[1:]) / k:.6g}" for i in range(3)) + "\n"
+    for k in (1, 9)
 )
 
 
@@ -43,6 +49,17 @@ GOOD = "n,d,loss\n" + "".join(
         (GOOD.replace("loss", "bpb"), ["no column for loss", "--loss", "n, d, bpb"]),
         (GOOD.replace("n,", "width,"), ["no column for n", "--n", "width, d, loss"]),
         ("\x00\x01", ["binary file"]),
+        (GOOD + "n,d,loss\n", ["line 11: the header again", "--drop-bad"]),
+        (GOOD + "total,,\n", ["line 11", "'total' is not a number"]),
+        (GOOD + SUMS, ["line 11: N, D and loss are the sums of those of the rows above", "--drop-bad"]),
+        (GOOD + MEANS, ["line 11: N, D and loss are the means of those of the rows above"]),
+        (GOOD + "1e9,3e9,25%\n", ["line 11", "'25%' is a percentage, no loss in nats per token"]),
+        (GOOD.replace("loss", "val_bpb"), ["'val_bpb' is in bits: N* and D* are those of a loss in nats"]),
+        (GOOD.replace("loss", "ppl"), ["'ppl' holds perplexities: a loss is their natural logarithm"]),
+        (GOOD.replace("loss", "Accuracy"), ["'Accuracy' holds scores, which rise"]),
+        (GOOD.replace(",d,", ",steps,"), ["no column for tokens", "'steps' counts steps: tokens are these times the"]),
+        (GOOD.replace(",d,", ",D/N,"), ["'D/N' is tokens per parameter: tokens are these times N"]),
+        (GOOD.replace(",d,", ",tokens_per_param,"), ["'tokens_per_param' is tokens per parameter"]),
     ],
 )
 def test_a_bad_table_is_one_message_and_exit_code_2(
@@ -59,6 +76,25 @@ def test_a_bad_table_is_one_message_and_exit_code_2(
     assert shown.err.count("\n") == 1
     for word in ["runs.csv", *words]:
         assert word in shown.err
+
+
+def test_a_table_whose_numbers_are_something_else_says_so() -> None:
+    """They fit, and their answer is wrong by the unit or by more."""
+    head, *body = GOOD.splitlines()
+    cells = [[float(cell) for cell in line.split(",")] for line in body]
+
+    def notes(change: Callable[[float, float, float], tuple[float, float, float]], name: str = head) -> str:
+        rows = "".join(",".join(f"{v:.6g}" for v in change(*row)) + "\n" for row in cells)
+        return "; ".join(read_runs(io.StringIO(f"{name}\n{rows}"))[1])
+
+    assert notes(lambda n, d, loss: (n, d, loss)) == ""
+    assert "the losses rise with N and D" in notes(lambda n, d, loss: (n, d, 1 / (loss - 1)))
+    assert "for an accuracy take 1 - accuracy" in notes(lambda n, d, loss: (n, d, 1 / (loss - 1)))
+    steps = notes(lambda n, d, loss: (n, d / 1e6, loss))
+    assert "no run has more than 30000 tokens; if it counts steps" in steps
+    assert "if tokens per parameter, these times N" in notes(lambda n, d, loss: (n, d / n, loss))
+    assert "a perplexity is no loss" in notes(lambda n, d, loss: (n, d, math.exp(loss + 1)))
+    assert "is in bits" in notes(lambda n, d, loss: (n, d, loss / 3), "n,d,loss (bits/byte)")
 
 
 def test_dropping_the_bad_rows_of_a_good_table_fits_and_says_so(

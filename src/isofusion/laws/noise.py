@@ -170,7 +170,7 @@ def _spreads(fit: LawFit) -> Noise:
         per_trunk = len(runs) / len(trunks)
         source = "variance components of the residuals (no seed is repeated)"
         if free_within <= 0:
-            source = "residuals; too few runs inside trunks tell their luck apart: taken for independent, which may be too narrow"
+            source = "residuals; too few runs inside trunks tell their luck apart: taken for none, maybe too narrow"
         else:
             branch_var, branch_freedom = within_ss / free_within, free_within
             if freedom and weight_u > 1e-9:

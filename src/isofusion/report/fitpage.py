@@ -27,7 +27,7 @@ from isofusion.report.fittables import answers, capital, choices, every_run, law
 from isofusion.report.panels import Grid
 from isofusion.report.style import NARROW, WIDE, WRAPPED, themed
 from isofusion.report.tables import raised
-from isofusion.report.words import interval, percent, power, pretty, si
+from isofusion.report.words import interval, power, pretty, si
 
 
 def write_page(a: Analysis, path: str | Path) -> Path:

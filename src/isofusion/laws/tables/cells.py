@@ -59,6 +59,28 @@ WORD = re.compile(r"\s*(?:flops?|tokens?|params?|parameters)?")
 BRACKET = re.compile(r"\s*[(\[]\s*([^()\[\]]*?)\s*[)\]]\s*$")
 PREFIXED = re.compile(r"\b([kmgtpez])flops?\b")
 
+UNLIKE = {
+    "loss": (
+        (
+            r"\b(bpb|bpc|bits)\b",
+            "is in bits: N* and D* are those of a loss in nats per token, losses and E are in bits",
+        ),
+        (r"\b(ppl|perplexity|perplexities)\b", "holds perplexities: a loss is their natural logarithm"),
+        (r"\b(acc|accuracy|accuracies|score|f1|em)\b", "holds scores, which rise: the law is of a loss, which falls"),
+    ),
+    "d": (
+        (r"\b(steps?|iterations?|iters?|updates?)\b", "counts steps: tokens are these times the tokens of a step"),
+        (r"\btpp\b|\btokens? ?(per|/) ?param|^d ?/ ?n$", "is tokens per parameter: tokens are these times N"),
+    ),
+}
+"""What a column's name says it is, where that is not yet the role."""
+
+
+def unlike(role: str, column: str) -> str:
+    """What must be done to a column so named before it is the role's, or ""."""
+    name = re.sub(r"[\s_\-]+", " ", column.strip().lower())
+    return next((f"column '{column}' {text}" for like, text in UNLIKE.get(role, ()) if re.search(like, name)), "")
+
 
 def parse(value: Any, role: str = "n", scale: float = 1.0) -> tuple[float, str]:
     """(number, "") or (the number or NaN, reason). Counts may be `1.3B`, `2.1e22`, `1,300,000`, `1.5 ZFLOPs`.
@@ -96,6 +118,8 @@ def _number(value: Any, role: str, scale: float) -> tuple[float, str]:
     if lower in MISSING:
         return math.nan, "empty"
     wrong = math.nan, f"'{_short(text)}' is not a number"
+    if text.endswith("%"):
+        return math.nan, f"'{_short(text)}' is a percentage" + (", no loss in nats per token" * (role == "loss"))
     if role not in COUNTS:
         return (math.nan, f"'{_short(text)}' is not a number (write 3.25, not 3,25)") if "," in text else wrong
     grouped = GROUPED.match(lower)
@@ -159,6 +183,8 @@ def resolve(
         )
     if unit:
         return column, UNITS[unit.lower()]
+    if told := unlike(role, column):
+        notes.append(told)
     scale = unit_of(column) if role in COUNTS else 1.0
     if scale != 1.0:
         notes.append(f"column '{column}': numbers multiplied by {scale:.0e}, the unit in its name")
@@ -209,4 +235,7 @@ def need(where: str, header: Sequence[str], role: str, extra: str = "") -> Input
     """The error for a role no column was found for."""
     word = WORDS.get(role, role)
     word = role if role in ("n", "loss") else word
-    return InputError(f"{where}: no column for {word}; name it with {FLAGS[role]}{extra}. Columns: {_listed(header)}")
+    told = "".join([f"; {text}" for column in header if (text := unlike(role, column))][:3])
+    return InputError(
+        f"{where}: no column for {word}; name it with {FLAGS[role]}{extra}. Columns: {_listed(header)}{told}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ REPEAT = "the same N, D, loss, seed and run as an earlier row"
 MAX_NAMED = 20  # dropped rows named in a note
 COST_RATIO = 10.0  # a median of C / 6ND beyond this factor is a doubt about units
 FEW = 1e4  # N or D below this throughout, beside a large other: a doubt about units
+TOTAL_OF = 6  # rows that a row of totals has above it at least
+LEAST_RATIO = 0.01  # a median of tokens per parameter below: a doubt about D
+RISES = 0.5  # rank correlation of loss with N D above which the "loss" rises
 PERPLEXITY = 15.0  # nats/token; a uniform guess over 200,000 tokens costs 12.2
 
 
@@ -179,19 +183,25 @@ def collect(
     arms: dict[str, list[str]] = {}
     seen: dict[tuple[Any, ...], str] = {}
     bad: list[Bad] = []
-    rows = 0
+    rows, last = 0, ""
     for label, cells, fault in records:
         rows += 1
         values, reason = _values(cells, reading.names, compiled)
         texts = {role: "" if cells.get(role) is None else str(cells[role]) for role in LABELS}
         key = (values.get("n"), values.get("d"), values.get("loss"), texts["run"], texts["group"], texts["seed"])
+        if (
+            reason
+            and len(reading.names) > 1
+            and all(str(cells[r]).strip() == name for r, name in reading.names.items())
+        ):
+            reason = "the header again"
         if fault or reason:
             bad.append(Bad(label, fault or reason))
             continue
         if key in seen:
             bad.append(Bad(label, f"repeats {seen[key]}", REPEAT))
             continue
-        seen[key] = label
+        seen[key] = last = label
         for role, value in values.items():
             numbers.setdefault(role, []).append(value)
         for role in LABELS:
@@ -200,6 +210,10 @@ def collect(
             arms.setdefault(role[1:], []).append("" if cells[role] is None else str(cells[role]))
     if not rows:
         raise InputError(f"{where}: a header and no rows; a fit needs at least 3 sizes x 3 token budgets")
+    if total := _total(numbers):
+        bad.append(Bad(last, f"N, D and loss are the {total} of those of the rows above: no run"))
+        for column in (*numbers.values(), *labels.values(), *arms.values()):
+            del column[-1]
     report(bad, rows, where, drop_bad, notes)
     whole = {column: texts for column, texts in arms.items() if len(texts) == len(numbers["n"])}
     if told := pooled(whole, np.asarray(numbers["n"])):
@@ -214,6 +228,18 @@ def collect(
             f"({len(set(labels['group']))}) share their luck, a size being all N within {100 * (SAME - 1):.0f} %"
         )
     return _build(numbers, labels, where, notes)
+
+
+def _total(numbers: Mapping[str, list[float]]) -> str:
+    """ "sums" or "means" where the last row holds these of the rows above, as a spreadsheet appends them, else ""."""
+    columns = np.array([numbers.get(role, []) for role in ("n", "d", "loss")])
+    if columns.shape[1] < TOTAL_OF + 1:
+        return ""
+    above, last = columns[:, :-1], columns[:, -1]
+    for word, value in (("sums", above.sum(axis=1)), ("means", above.mean(axis=1))):
+        if np.allclose(last, value, rtol=1e-3, atol=0.0):
+            return word
+    return ""
 
 
 def _values(
@@ -279,11 +305,26 @@ def doubts(runs: Runs) -> list[str]:
         out.append(
             f"N is at most {largest_n:g} and D {largest_d:g}; for millions and billions: --n COLUMN:M --d COLUMN:B"
         )
-    if largest_d < FEW and largest_n > 1e2 * FEW:
-        out.append(f"no run has more than {largest_d:g} tokens; if the column counts billions: --d COLUMN:B")
+    if largest_n > 1e2 * FEW and float(np.median(runs.d / runs.n)) < LEAST_RATIO:
+        few = "; if the column counts billions: --d COLUMN:B" if largest_d < FEW else ""
+        out.append(
+            f"no run has more than {largest_d:g} tokens{few}; if it counts steps, tokens are these times the tokens of "
+            "a step, and if tokens per parameter, these times N"
+        )
     if float(np.median(runs.loss)) > PERPLEXITY:
         out.append(f"half the losses exceed {PERPLEXITY:g} nats/token; a perplexity is no loss: take its logarithm")
+    if len(runs) >= TOTAL_OF and (rise := _rise(runs)) > RISES:
+        out.append(
+            f"the losses rise with N and D (rank correlation with N D {rise:+.2f}): accuracies and scores are no "
+            "losses, which fall; for an accuracy take 1 - accuracy"
+        )
     ratio = float(np.median(runs.c / (6.0 * runs.n * runs.d)))
     if not 1 / COST_RATIO < ratio < COST_RATIO:
         out.append(f"C is {ratio:.3g} x 6 N D (median); are N, D and C in parameters, tokens and FLOPs?")
     return out
+
+
+def _rise(runs: Runs) -> float:
+    """Spearman's correlation of the loss with N D; NaN where all losses are one."""
+    ranks = [np.unique(v, return_inverse=True)[1] for v in (runs.loss, runs.n * runs.d)]
+    return float(np.corrcoef(*ranks)[0, 1]) if min(r.max() for r in ranks) else math.nan
