@@ -6,7 +6,7 @@ CSS = """
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.55 Charter,"Bitstream Charter","Sitka Text",Cambria,
 "Liberation Serif",Georgia,serif}
-main{max-width:58rem;margin:0 auto;padding:2.2rem 1.1rem 4rem}
+main{max-width:62rem;margin:0 auto;padding:2.2rem 1.1rem 4rem}
 h1{font-size:1.75rem;line-height:1.2;margin:0 0 .2rem}
 h2{font-size:1.22rem;margin:2.6rem 0 .5rem;line-height:1.3}
 h3{font-size:1.02rem;margin:1.4rem 0 .3rem}
@@ -35,7 +35,7 @@ linear-gradient(90deg,rgba(0,0,0,.18),transparent) left/11px 100% no-repeat scro
 linear-gradient(270deg,rgba(0,0,0,.18),transparent) right/11px 100% no-repeat scroll}
 table{border-collapse:collapse;font:13.5px/1.4 Arial,"Liberation Sans",Helvetica,sans-serif;
 font-variant-numeric:tabular-nums}
-th,td{padding:.28rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:.28rem .45rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;white-space:normal;border-bottom:1.5px solid var(--ink);vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td.l,th.l{text-align:left}

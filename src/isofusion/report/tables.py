@@ -14,6 +14,7 @@ from isofusion.report.words import DASH, duration, fixed, interval, listed, perc
 
 Analysis = dict[str, Any]
 esc = html.escape
+LAW, SPLIT = ("E", "alpha", "beta"), ("a", "b", "d")
 
 
 class Html(str):
@@ -24,7 +25,7 @@ class Html(str):
 
 def raised(text: str) -> str:
     """x^2 and C^−0.05 with raised exponents; `text` is escaped already."""
-    return re.sub(r"\^([−-]?\d+(?:\.\d+)?|[αβc])", r"<sup>\1</sup>", text)
+    return re.sub(r"\^([−-]?\d+(?:\.\d+)?|[αβabcd])", r"<sup>\1</sup>", text)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
@@ -131,8 +132,8 @@ def answer(a: Analysis) -> str:
 
 
 def laws(a: Analysis) -> str:
-    """Parameters and exponents of every fit."""
-    rows = []
+    """Parameters and exponents of every fit, then what follows for N* and D* (one table of both would not fit)."""
+    rows, split = [], []
     for arm, by_domain in a["fits"].items():
         for domain, f in by_domain.items():
             name = NAMES.get(domain, domain)
@@ -140,18 +141,25 @@ def laws(a: Analysis) -> str:
             k, c = (f"{p['k']:.3g}", fixed(p["c"], 4)) if p.get("ok") else (DASH, DASH)
             if not f.get("ok"):
                 reason = DASH if domain == "mean" else "no law"
-                rows.append([arm_cell(a, arm), name, reason, *[DASH] * 6, k, c, DASH])
+                rows.append([arm_cell(a, arm), name, reason, DASH, DASH, DASH, k, c])
                 continue
-            iv = f["interval"]
-            show = [with_interval(fixed(f[q]), iv[q], fixed) for q in ("E", "alpha", "beta", "a", "b", "d")]
+            show = {q: with_interval(fixed(f[q]), f["interval"][q], fixed) for q in (*LAW, *SPLIT)}
             reg = f.get("regression")
             slopes = f"{fixed(reg['a'])}, {fixed(reg['b'])}, {fixed(reg['d'])}" if reg else DASH
-            rows.append([arm_cell(a, arm), name, *show, slopes, k, c, percent(f["share_at_bound"])])
-    head = ["arm", "domain", "E", "α", "β", "a", "b", "d", "a, b, d by regression", "k", "c", "draws at a bound"]
+            rows.append([arm_cell(a, arm), name, *(show[q] for q in LAW), percent(f["share_at_bound"]), k, c])
+            split.append([arm_cell(a, arm), name, *(show[q] for q in SPLIT), slopes])
+    head = ["arm", "domain", "E", "α", "β", "draws at a bound", "k", "c"]
     note = (
-        "L = E + A/N^α + B/D^β per domain; a, b, d in closed form for C ∝ ND and by regression on the FLOPs really "
-        "spent; L = k·C^c through the lower envelope. The mean over domains is not fitted as a law of its own."
+        "L = E + A/N^α + B/D^β per domain; L = k·C^c through the lower envelope. The mean over domains is not fitted "
+        "as a law of its own."
     )
+    fits = [f for by_domain in a["fits"].values() for f in by_domain.values()]
+    reasons = dict.fromkeys(f["refused"]["E"] for f in fits if f.get("refused", {}).get("E"))
+    why = "".join(f"<p>E has no interval where {esc(r)}.</p>" for r in reasons)
+    shares = table(["arm", "domain", *SPLIT, "a, b, d by regression"], split, left=(1,))
+    if shares:
+        told = "N* ∝ C^a, D* ∝ C^b, D* ∝ N*^d: in closed form for C ∝ ND, and by regression on the FLOPs really spent."
+        shares = f"<h3>What the laws say of N* and D*</h3>{shares}<p>{raised(esc(told))}</p>"
     missing = [
         f"{arm} / {d}: {f['reason']}"
         for arm, by in a["fits"].items()
@@ -161,7 +169,7 @@ def laws(a: Analysis) -> str:
     failed = "".join(f"<li>{esc(m)}</li>" for m in missing)
     lists = f"<p>Without a law:</p><ul>{failed}</ul>" if failed else ""
     more = _irreducible(a)
-    return f"<h3>The laws</h3>{table(head, rows, left=(1,))}<p>{raised(esc(note))}</p>{lists}{more}"
+    return f"<h3>The laws</h3>{table(head, rows, left=(1,))}<p>{raised(esc(note))}</p>{why}{lists}{shares}{more}"
 
 
 def _irreducible(a: Analysis) -> str:
@@ -184,13 +192,9 @@ def _irreducible(a: Analysis) -> str:
                 ]
             )
     head = ["arm", "domain", "fitted E", "oracle entropy", "bias", "width of the interval", "oracle in the interval"]
-    fits = [f for by_domain in a["fits"].values() for f in by_domain.values()]
-    reasons = dict.fromkeys(f["refused"]["E"] for f in fits if f.get("refused", {}).get("E"))
-    start = "No interval where" if rows else "E has no interval where"
-    why = "".join(f"<p>{start} {esc(r)}.</p>" for r in reasons)
     if not rows:  # nobody knows the entropy of real data
-        return why
-    return folded("Fitted irreducible loss against the oracle entropy", table(head, rows, left=(1,)) + why)
+        return ""
+    return folded("Fitted irreducible loss against the oracle entropy", table(head, rows, left=(1,)))
 
 
 def methods(a: Analysis) -> str:

@@ -63,10 +63,11 @@ def _holdout(a: Analysis) -> str:
     rows, runs = [], []
     tests = [h for by_domain in a["holdout"].values() for h in by_domain.values()]
     known = any(h.get("oracle_e") for h in tests)
+    dropped = any("ratio_without_n" in (h.get("leave_one_size_out") or {}) for h in tests)
     for arm, by_domain in a["holdout"].items():
         for domain, h in by_domain.items():
             if not h.get("ok"):
-                rows.append([arm_cell(a, arm), NAMES[domain], "not possible", *[DASH] * (7 + known)])
+                rows.append([arm_cell(a, arm), NAMES[domain], "not possible", *[DASH] * (6 + known + dropped)])
                 continue
             loo = h.get("leave_one_size_out") or {}
             drop = [loo.get("ratio_without_n"), loo.get("ratio_without_d")]
@@ -81,7 +82,7 @@ def _holdout(a: Analysis) -> str:
                     percent(h["error"], 2),
                     "none" if h.get("no_interval") else percent(h["hit_rate"], 0),
                     {True: "yes", False: "NO", None: DASH}[h["beats_carry"]],
-                    " / ".join(f"{v:.1f}×" if v else DASH for v in drop),
+                    *([" / ".join(f"{v:.1f}×" if v else DASH for v in drop)] if dropped else []),
                 ]
             )
             runs += [
@@ -103,11 +104,11 @@ def _holdout(a: Analysis) -> str:
         "error, reducible",
         *(["with E = oracle"] if known else []),
         "next size carried over",
-        "k·C^c",
+        "k·Cᶜ",
         "error, loss",
         "in the 95 % range",
         "beats carry-over",
-        "without N / D term",
+        *(["without N / D term"] if dropped else []),
     ]
     reasons = sorted({h["no_interval"] for h in tests if h.get("no_interval")})
     why = "".join(f"<p>95 % range: {esc(reason)}.</p>" for reason in reasons)

@@ -79,9 +79,9 @@ def pretty(text: str) -> str:
 
     def shown(found: re.Match[str]) -> str:
         value = float(found[0])
-        return si(value) if 1e3 <= value < 1e15 else power(value, 2 if "." in found[0] else 0)
+        return si(value) if 1e3 <= value < 1e15 else power(value, len(found[1] or ".") - 1)
 
-    return re.sub(r"(?<![\w.^])-(?=\d)", "−", re.sub(r"\d+(?:\.\d+)?e[+-]?\d+", shown, text.replace("k C^c", "k·Cᶜ")))
+    return re.sub(r"(?<![\w.^])-(?=\d)", "−", re.sub(r"\d+(\.\d+)?e[+-]?\d+", shown, text.replace("k C^c", "k·Cᶜ")))
 
 
 def listed(items: Sequence[str]) -> str:
