@@ -90,9 +90,10 @@ class RunCovariance:
             out = flat @ self.rows(rows)
         else:
             out = self.misfit**2 * ((flat @ self.shape[rows]) @ self.shape.T)
-            sums = np.zeros((len(flat), int(self.trunk.max()) + 1))
-            np.add.at(sums.T, self.trunk[rows], flat.T)
-            out += self.trunk_spread**2 * sums[:, self.trunk]
+            if self.trunk_spread:
+                sums = np.zeros((len(flat), int(self.trunk.max()) + 1))
+                np.add.at(sums.T, self.trunk[rows], flat.T)
+                out += self.trunk_spread**2 * sums[:, self.trunk]
             out[:, rows] += (self.branch**2 + LEAST_NOISE) * flat
         return out.reshape(*left.shape[:-1], len(self.x))
 
@@ -113,11 +114,14 @@ def log_likelihoods(rest: Array, wide: Array, where: RunCovariance, noise: Array
     means = sums / count[:, None]
     inside = columns - means[where.trunk]
     inside = inside.T @ inside
+    # trunks of as many runs weigh alike at any noise
+    lengths, kind = np.unique(count, return_inverse=True)
+    between = np.stack([means[kind == k].T @ means[kind == k] for k in range(len(lengths))])
     out = np.empty(len(noise))
     for a in np.unique(noise):
         own = (a * where.branch) ** 2 + LEAST_NOISE
         luck = (a * where.trunk_spread) ** 2
-        gram = inside / own + (means * (count / (own + count * luck))[:, None]).T @ means
+        gram = inside / own + np.tensordot(lengths / (own + lengths * luck), between, 1)
         base = len(rest) * np.log(own) + float(np.sum(np.log1p(count * luck / own)))
         value, turn = np.linalg.eigh(gram[few + 1 :, few + 1 :])
         beside = gram[: few + 1, few + 1 :] @ turn  # of wide and rest with the smooth part's own directions
