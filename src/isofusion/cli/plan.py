@@ -239,7 +239,7 @@ def show(plan: dict[str, Any]) -> list[str]:
     ]
     rows += [("with inference, FLOPs", "total", ".4g")] if plan["inference"] else []
     for label, key, form in rows:
-        span = f"   ({known(spans[key], lambda v, form=form: f'{v:{form}}')})" if key in spans else ""
+        span = f"   ({known(spans[key], f'{{:{form}}}'.format)})" if key in spans else ""
         lines.append(f"  {label:<22} {best[key]:>10{form}}{span}")
     if seen := plan["readings"]:
         read = ", ".join(f"{k} {seen[key][0]:.3g} to {seen[key][1]:.3g}" for k, key in (("N", "n"), ("D", "d")))

@@ -212,8 +212,9 @@ def collect(
         raise InputError(f"{where}: a header and no rows; a fit needs at least 3 sizes x 3 token budgets")
     if total := _total(numbers):
         bad.append(Bad(last, f"N, D and loss are the {total} of those of the rows above: no run"))
-        for column in (*numbers.values(), *labels.values(), *arms.values()):
-            del column[-1]
+        every: list[list[Any]] = [*numbers.values(), *labels.values(), *arms.values()]
+        for column in every:
+            column.pop()
     report(bad, rows, where, drop_bad, notes)
     whole = {column: texts for column, texts in arms.items() if len(texts) == len(numbers["n"])}
     if told := pooled(whole, np.asarray(numbers["n"])):
@@ -327,4 +328,4 @@ def doubts(runs: Runs) -> list[str]:
 def _rise(runs: Runs) -> float:
     """Spearman's correlation of the loss with N D; NaN where all losses are one."""
     ranks = [np.unique(v, return_inverse=True)[1] for v in (runs.loss, runs.n * runs.d)]
-    return float(np.corrcoef(*ranks)[0, 1]) if min(r.max() for r in ranks) else math.nan
+    return float(np.asarray(np.corrcoef(np.stack(ranks)))[0, 1]) if min(r.max() for r in ranks) else math.nan
