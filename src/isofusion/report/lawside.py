@@ -3,9 +3,9 @@
 The fits are isofusion.laws'. Here they are combined: the mean over domains is the mean of the domains' laws (it is not
 fitted as one power law), compute is the one the runs really spent, C = k(N)·D with k interpolated between the sizes,
 because 6ND is off at small scale. Draws of an arm's domains share one seed, so that the luck of a trunk, which hits all
-domains at once, is not averaged away (a domain with odd runs that another has not still draws apart: the interval of
-their mean is then too narrow); draws of different arms are independent, which overstates the uncertainty of a
-difference when arms share their data's luck. Legend: S draws, G compute values, K sizes on the search grid.
+domains at once, is not averaged away; their branches share it too, which errs on the wide side. Draws of different arms
+are independent, which overstates the uncertainty of a difference when arms share their data's luck.
+Legend: S draws, G compute values, K sizes on the search grid.
 """
 
 from __future__ import annotations
