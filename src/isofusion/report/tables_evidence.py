@@ -193,14 +193,14 @@ def _classes(a: Analysis) -> str:
             r["class"],
             gap(r),
             str(r["trunks"]),
-            {"lower": f"{r['first']} better", "higher": f"{r['second']} better"}.get(r["verdict"], "cannot say"),
+            {"lower": r["first"], "higher": r["second"]}.get(r["verdict"], "cannot say"),
             gap(d) if (d := r.get("documents")) else DASH,
             fixed(d["t"], 1) if d else DASH,
             f"{d['docs']} at {d['size']}" if d else DASH,
         ]
         for r in a["fusion_compare"]
     ]
-    head_compare = ["difference", "targets", "nats/token", "trunks", "so", "same documents", "t", "documents"]
+    head_compare = ["difference", "targets", "nats/token", "trunks", "better", "same documents", "t", "documents"]
     more = table(head_compare, compare, left=(1, 4))
     fusion = folded("Fusion targets, arm against arm (paired by size, seed and budget; by document)", more)
     listing = table(head, rows, left=(1, 2))
