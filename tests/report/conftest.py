@@ -46,13 +46,17 @@ def planted_loss(arm: str, domain: str, n: float, d: float) -> float:
 
 
 def make_study(
-    out: Path, arms: tuple[str, ...] = tuple(LAWS), noise: float = 0.002, entropy: bool = True
+    out: Path,
+    arms: tuple[str, ...] = tuple(LAWS),
+    noise: float = 0.002,
+    entropy: bool = True,
+    widths: tuple[int, ...] = WIDTHS,
 ) -> list[dict[str, Any]]:
     """Write runs/, study.lock and env files under `out`; returns the ledger's rows."""
     rows = []
     for arm in arms:
-        for i, width in enumerate(WIDTHS):
-            seeds = (0, 1, 2) if i in (0, len(WIDTHS) - 1) and arm == arms[0] else (0,)
+        for i, width in enumerate(widths):
+            seeds = (0, 1, 2) if i in (0, len(widths) - 1) and arm == arms[0] else (0,)
             for seed in seeds:
                 rows += _trunk(out, arm, i, width, seed, noise, entropy)
     lock = {
@@ -196,5 +200,5 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 
 @pytest.fixture
 def noisy(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """One arm with ten times the noise."""
-    return tmp_path, make_study(tmp_path, arms=("late",), noise=0.02)
+    """One arm with ten times the noise, and sizes so close that a corner can decide an exponent."""
+    return tmp_path, make_study(tmp_path, arms=("late",), noise=0.02, widths=(16, 24, 36, 56))
