@@ -10,6 +10,7 @@ import pytest
 from isofusion.laws.forms import Params
 from isofusion.report import figures_isoflop, isoflop, lawside, text
 from isofusion.report.style import NARROW, WIDE
+from isofusion.report.words import si
 
 LAWS = {"caption": Params.of(0.3, 70.0, 0.42, 900.0, 0.5), "text": Params.of(1.6, 30.0, 0.36, 300.0, 0.42)}
 SIZES = np.array([2e4, 4e4, 8e4, 1.6e5, 3.2e5])
@@ -78,12 +79,26 @@ def test_an_arm_without_a_law_in_a_domain_is_left_out() -> None:
     assert isoflop.at_budgets(laws, [*LAWS, "interleaved"], [BUDGETS[0]]) == []
 
 
+def test_budgets_close_to_each_other_are_matched_with_the_nearest() -> None:
+    """Spaced by 1.4, and a factor 0.8 apart between arms, a budget has two of the other arm within reach: 1.12 times
+    as far up, and 0.8."""
+    budgets = tuple(1e12 * 1.4**k for k in range(4))
+    table = rows(budgets=budgets) + [{**r, "flops": r["flops"] * 0.8} for r in rows("late", budgets)]
+    shared = isoflop.common_budgets(points(table), ["early", "late"])
+    assert shared == pytest.approx(np.array(budgets[:3]) * 1.12**0.5, rel=0.02)
+    for arm in ("early", "late"):
+        laws = lawside.fit_arm(table, arm, list(LAWS), "exact")
+        assert [b["c"] for b in isoflop.at_budgets(laws, list(LAWS), shared)] == shared
+
+
 def test_the_figure_has_a_panel_for_each_budget_and_the_caption_its_numbers() -> None:
-    table = rows()
-    laws = lawside.fit_arm(table, "early", list(LAWS), "exact")
-    found = isoflop.at_budgets(laws, list(LAWS), isoflop.common_budgets(points(table), ["early"]))
-    found[0] |= {"lowest": None, "lowest_loss": None, "why": "the smallest"}
-    a: dict[str, Any] = {"study": {"arms": ["early", "late"], "domains": list(LAWS)}, "isoflop": {"early": found}}
+    table = rows() + rows("late")
+    arms = ["early", "late", "few"]
+    shared = isoflop.common_budgets(points(table), arms)
+    laws = {arm: lawside.fit_arm(table, arm, list(LAWS), "exact") for arm in arms[:2]}
+    found: dict[str, Any] = {arm: isoflop.at_budgets(law, list(LAWS), shared) for arm, law in laws.items()}
+    found["late"][-1] |= {"lowest": None, "lowest_loss": None, "why": "the smallest"}
+    a: dict[str, Any] = {"study": {"arms": arms, "domains": list(LAWS)}, "isoflop": found | {"few": []}}
     a["frontier"] = {"early": {"mean": {"c": [1e12, 1e13], "n": [5e4, 5e5]}}}
     for layout, columns in ((WIDE, 3), (NARROW, 1)):
         drawn = figures_isoflop.isoflops(a, layout)
@@ -91,8 +106,14 @@ def test_the_figure_has_a_panel_for_each_budget_and_the_caption_its_numbers() ->
         assert drawn.columns == columns
         assert len(drawn.panels) == 3
     caption = text.isoflops(a)
-    assert f"At 6.1·10¹² FLOPs: early {found[-1]['lowest_loss']:.3f} at N = 1" in caption
-    assert "its law 303K" in caption
-    found[-1]["lowest"] = None
-    assert "early has none between its sizes" in text.isoflops(a)
-    assert figures_isoflop.isoflops(a | {"isoflop": {"early": []}}, WIDE) is None
+    lowest = found["early"][-1]
+    assert (
+        f"6.1·10¹² FLOPs: early {lowest['lowest_loss']:.3f} at N = {si(lowest['lowest'])} (its laws: 303K);" in caption
+    )
+    assert "late has none between its sizes." in caption
+    assert "at one compute: few." in caption
+    assert (
+        figures_isoflop.isoflops(a | {"isoflop": found | {"late": []}}, WIDE) is None
+    )  # one of three compares nothing
+    alone = {"study": {"arms": ["early"], "domains": list(LAWS)}, "isoflop": {"early": found["early"]}}
+    assert figures_isoflop.isoflops(alone, WIDE) is not None

@@ -213,7 +213,10 @@ def isoflops(
             no_law = str(error)
     if fit is not None and not (fit.form.n_term and fit.form.d_term):
         no_law, fit = f"{fit.form.formula} has no optimum in N", None
-    loss = runs.loss / _off_budget(runs, groups, fit, cost)
+    loss = runs.loss.copy()
+    if fit is not None:
+        for g in groups:
+            loss[g.rows] *= moved(runs, g.rows, g.c, fit, cost)
     rng = np.random.Generator(np.random.Philox(key=seed))
     luck = simulate_deviations(rng, fit, draws) if fit is not None and draws else None
     out, warnings = [], []
@@ -251,15 +254,10 @@ def isoflops(
     return IsoFlops(tuple(out), power, tuple(warnings), fit, no_law, tuple(skipped))
 
 
-def _off_budget(runs: Runs, groups: list[Budget], fit: LawFit | None, cost: Cost) -> Array:
-    """What factor of its loss a run owes, says the law, to compute other than its budget's, [m]; 1 without a law."""
-    out = np.ones(len(runs))
-    if fit is None:
-        return out
-    for g in groups:
-        n = runs.n[g.rows]
-        out[g.rows] = fit.predict(n, runs.d[g.rows]) / fit.predict(n, cost.tokens(g.c, n))
-    return out
+def moved(runs: Runs, rows: np.ndarray, c: float, fit: LawFit, cost: Cost) -> Array:
+    """The factor, says the law, from the loss of each of these runs to that of its size at c FLOPs, [m]."""
+    n = runs.n[rows]
+    return np.asarray(fit.predict(n, cost.tokens(c, n)) / fit.predict(n, runs.d[rows]))
 
 
 def _clean(g: Budget, fit: LawFit, cost: Cost) -> Array:

@@ -302,7 +302,7 @@ def noise(points: list[dict[str, Any]], domains: list[str]) -> dict[str, dict[st
 
 def tuning(rows: list[Row], sweep: list[Row], arms: list[str]) -> dict[str, dict[str, Any]]:
     """Per arm a verdict on the learning rate from the sweep runs (variant "lr0.5x"): "untuned" unless it is interior
-    at the smallest and largest size swept and the shortest and longest budget."""
+    at every size and budget swept; `detail` says where the arm's longest budget was not."""
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
         mine = [r for r in sweep if r["arm"] == arm]
@@ -338,11 +338,11 @@ def tuning(rows: list[Row], sweep: list[Row], arms: list[str]) -> dict[str, dict
                           "the sweep has no finished corner", "corners": corners}  # fmt: skip
             continue
         worst = max((c["gain"] or 0.0) for c in corners)
-        found[arm] = {
-            "verdict": "tuned",
-            "detail": f"minimum interior at all {len(corners)} corners; at most {worst:.3f} nats/token left",
-            "corners": corners,
-        }
+        detail = f"minimum interior at all {len(corners)} corners; at most {worst:.3f} nats/token left"
+        swept, longest = max(c["steps"] for c in corners), max((r["steps"] for r in rows if r["arm"] == arm), default=0)
+        if swept < longest:
+            detail += f"; swept up to {swept:,} of {longest:,} steps only"
+        found[arm] = {"verdict": "tuned", "detail": detail, "corners": corners}
     return found
 
 

@@ -17,7 +17,7 @@ def isoflops(a: Analysis, layout: Layout) -> Chart | None:
     """One panel per budget: each arm's sizes at its compute, a parabola through them, a ring at its lowest point."""
     arms = [arm for arm in a["study"]["arms"] if a["isoflop"].get(arm)]
     budgets = sorted({b["c"] for arm in arms for b in a["isoflop"][arm]})[-PANELS:]
-    if not budgets:
+    if not budgets or len(arms) < min(2, len(a["study"]["arms"])):
         return None
     columns = len(budgets) if layout.name == "wide" else 1
     width = min(int(layout.width / columns - 66), 420)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from isofusion.laws.isoflop import budgets_of, not_bracketed, parabola
-from isofusion.laws.table import Array, clusters
+from isofusion.laws.isoflop import budgets_of, moved, not_bracketed, parabola
+from isofusion.laws.table import Array
 from isofusion.report.lawside import ArmLaws
 
 NEAR = 1.3
@@ -22,61 +22,58 @@ CURVE = 33  # points of a drawn parabola
 
 def common_budgets(points: list[dict[str, Any]], arms: list[str]) -> list[float]:
     """FLOPs of the budgets at which every arm that has any has one, ascending; none where only one of several has."""
-    found: list[tuple[str, float]] = []
+    centres = []
     for arm in arms:
         c, n = (np.array([p[key] for p in points if p["arm"] == arm]) for key in ("c", "n"))
-        found += [(arm, group.c) for group in budgets_of(c, n)[0]]
-    having = {arm for arm, _ in found}
-    if not found or len(having) < min(2, len(arms)):
+        if len(c) and (groups := budgets_of(c, n)[0]):
+            centres.append(np.array([group.c for group in groups]))
+    if not centres or len(centres) < min(2, len(arms)):
         return []
-    at = np.array([c for _, c in found])
-    cluster = clusters(at, NEAR)
-    members = [[i for i in range(len(found)) if cluster[i] == k] for k in range(int(cluster.max()) + 1)]
-    shared = [m for m in members if {found[i][0] for i in m} == having and len(m) == len(having)]
-    return sorted(float(np.exp(np.log(at[m]).mean())) for m in shared)
+    shared = []
+    for c in centres[0]:
+        twins = [own[_nearest(own, c)] for own in centres]
+        mutual = all(centres[0][_nearest(centres[0], twin)] == c for twin in twins)
+        if mutual and max(twins) < NEAR * min(twins):
+            shared.append(float(np.exp(np.log(twins).mean())))
+    return sorted(shared)
+
+
+def _nearest(c_b: Array, c: float) -> int:
+    return int(np.abs(np.log(c_b / c)).argmin())
 
 
 def at_budgets(laws: ArmLaws, domains: list[str], budgets: list[float]) -> list[dict[str, Any]]:
     """One arm at each of the budgets: its sizes, their losses there, the parabola and its lowest point.
 
     `moved` is the largest share of its loss that a run was moved by; `lowest` N or None, `why` then says why not.
-    Empty where a domain has no law, or lacks runs that another has.
+    Empty where a domain has no law.
     """
-    if any(domain not in laws.fits for domain in domains):
+    if not budgets or any(domain not in laws.fits for domain in domains):
         return []
     ref = laws.runs[domains[0]]
-    if any(not np.array_equal(laws.runs[domain].n, ref.n) for domain in domains):
-        return []
     groups, _ = budgets_of(ref.c, ref.n)
+    centres = np.array([group.c for group in groups])
     found = []
     for c in budgets:
-        near = [g for g in groups if abs(np.log(g.c / c)) < np.log(NEAR)]
-        if len(near) != 1:
+        if not groups or abs(np.log(centres[_nearest(centres, c)] / c)) > np.log(NEAR):
             continue
-        group = near[0]
-        n_m = np.exp(group.log_n)
-        owed = {d: _owed(laws, d, group.rows, n_m, c) for d in domains}
-        loss_m = np.mean([laws.runs[d].loss[group.rows] * owed[d] for d in domains], axis=0)
+        group = groups[_nearest(centres, c)]
+        factor = {d: moved(laws.runs[d], group.rows, c, laws.fits[d], laws.cost) for d in domains}
+        loss_m = np.mean([laws.runs[d].loss[group.rows] * factor[d] for d in domains], axis=0)
         why = not_bracketed(group, loss_m)
         x = np.linspace(group.x[0], group.x[-1], CURVE)
-        fitted = np.polynomial.Polynomial.fit(group.log_n, loss_m, 2)
+        fitted, lowest = np.polynomial.Polynomial.fit(group.log_n, loss_m, 2), parabola(group.log_n, loss_m)
         found.append(
             {
                 "c": c,
                 "n": np.exp(group.x).tolist(),
                 "loss": group.mean(loss_m).tolist(),
                 "runs": len(group.rows),
-                "moved": float(max(np.abs(o - 1).max() for o in owed.values())),
-                "lowest": None if why else float(np.exp(parabola(group.log_n, loss_m))),
-                "lowest_loss": None if why else float(fitted(parabola(group.log_n, loss_m))),
+                "moved": float(max(np.abs(f - 1).max() for f in factor.values())),
+                "lowest": None if why else float(np.exp(lowest)),
+                "lowest_loss": None if why else float(fitted(lowest)),
                 "why": why,
                 "curve": {"n": np.exp(x).tolist(), "loss": fitted(x).tolist()},
             }
         )
     return found
-
-
-def _owed(laws: ArmLaws, domain: str, rows: np.ndarray, n_m: Array, c: float) -> Array:
-    """The factor, by the domain's law, from each run's loss to that of its size at c FLOPs, [m]."""
-    fit, runs = laws.fits[domain], laws.runs[domain]
-    return np.asarray(fit.predict(n_m, laws.cost.tokens(c, n_m)) / fit.predict(n_m, runs.d[rows]))

@@ -107,25 +107,26 @@ def loss_against_flops(a: Analysis) -> str:
 
 
 def isoflops(a: Analysis) -> str:
-    found = {arm: budgets[-1] for arm, budgets in a["isoflop"].items() if budgets}
-    moved = max(b["moved"] for budgets in a["isoflop"].values() for b in budgets)
-    c = max(b["c"] for b in found.values())
+    budgets = {arm: found for arm, found in a["isoflop"].items() if found}
+    moved = max(b["moved"] for found in budgets.values() for b in found)
+    c = max(b["c"] for found in budgets.values() for b in found)
     text = (
         f"IsoFLOPs of the {NAMES[mean_key(a)]} loss: runs of several sizes at one compute; the laws only move each "
         f"run's loss to the panel's FLOPs (by {percent(moved)} at most). Lines: parabolas in log N; rings: their "
-        f"lowest points. At {power(c)} FLOPs:"
+        "lowest points. No intervals are drawn, most points are single runs: the differences below say what is shown."
     )
     parts = []
-    for arm, b in found.items():
-        if b["c"] != c:
-            continue
-        if b["lowest"] is None:
+    for arm, found in budgets.items():
+        at = next((b for b in found if b["c"] == c), None)
+        if at is None or at["lowest"] is None:
             parts.append(f"{arm} has none between its sizes")
             continue
         own = _law_size(a, arm, c)
-        law = f", its law {si(own)}" if own is not None else ""
-        parts.append(f"{arm} {fixed(b['lowest_loss'])} at N = {si(b['lowest'])}{law}")
-    return f"{text} {'; '.join(parts)}."
+        law = f" (its laws: {si(own)})" if own is not None else ""
+        parts.append(f"{arm} {fixed(at['lowest_loss'])} at N = {si(at['lowest'])}{law}")
+    absent = [arm for arm in a["study"]["arms"] if arm not in budgets]
+    left = f" Without a law in every domain, or four sizes at one compute: {listed(absent)}." if absent else ""
+    return f"{text} Lowest at {power(c)} FLOPs: {'; '.join(parts)}.{left}"
 
 
 def _law_size(a: Analysis, arm: str, c: float) -> float | None:
