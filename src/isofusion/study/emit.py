@@ -111,10 +111,12 @@ def _text(
 ) -> str:
     shortest = round(min(map(min, by_size.values())) / spec.slots_per_step(arm.sizes[0].train))
     warmup = min(max(size.train.warmup_steps for size in arm.sizes), int(WARMUP_SHARE * shortest))
-    made = {}
+    made: dict[str, dict[str, Any]] = {}
     for n, budgets in by_size.items():
         table, got = fit_size(arm, n)
-        made[f"n{got:.3g}".replace("+", "")] = {**table, "warmup_steps": warmup, "budgets": sorted(budgets)}
+        key = f"n{got:.3g}".replace("+", "")
+        budgets = budgets.union(made[key]["budgets"] if key in made else ())  # where the nearest width is the same
+        made[key] = {**table, "warmup_steps": warmup, "budgets": sorted(budgets)}
     study = {"name": name, "title": f"Runs suggested from {source}", "seeds": list(spec.seeds[:1])}
     study |= {"holdout": "none", "compute": spec.compute}
     lines = [
