@@ -285,6 +285,17 @@ def test_an_override_that_every_size_hides_is_refused(tmp_path: Path) -> None:
     assert next(run for run in spec.runs() if run.arm == "early" and run.size == "s16").train.lr == 0.01
 
 
+def test_budgets_that_every_size_hides_are_refused(toml: Path) -> None:
+    """They had been taken and had changed no run."""
+    own = re.sub(r"^(s\d+ = \{.*) \}$", r"\1, budgets = [2560, 5120] }", toml.read_text(), flags=re.MULTILINE)
+    toml.write_text(own)
+    with pytest.raises(InputError, match=r"study\.budgets=.*: every size of every arm sets its own budgets, .*s16"):
+        StudySpec.from_toml(toml, overrides=["study.budgets=[5120]"])
+    toml.write_text(own.replace("1e-3, budgets = [2560, 5120]", "1e-3, budgets = []"))  # as good as none
+    spec = StudySpec.from_toml(toml, overrides=["study.budgets=[5120]"])
+    assert [run.end_step for run in spec.runs() if run.kind == "branch"] == [10, 20, 10, 20, 20]
+
+
 def test_a_ladder_too_small_for_a_law_is_said_before_it_is_trained(read) -> None:
     assert read().notes() == [
         "no law can be fitted to 2 x 2 (sizes x budgets): it takes 3 x 3 (arm early)",

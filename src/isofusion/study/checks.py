@@ -44,7 +44,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
             raise InputError(f"--set {text}: nothing is called {part!r} there")
     if not isinstance(node, dict):
         raise InputError(f"--set {text}: {last!r} must be a key of a table")
-    if key.strip().split(".")[0] in ("model", "train"):
+    if parents[:1] in (["model"], ["train"]) or (*parents, last) == ("study", "budgets"):
         _refuse_hidden(tree, text, last)
     node[last] = value
 
@@ -53,7 +53,8 @@ def _refuse_hidden(tree: dict[str, Any], text: str, key: str) -> None:
     """A default that every size of every arm sets for itself would change nothing: say where to set it instead."""
     arms = [arm for arm in tree.get("arms", []) if isinstance(arm, dict) and isinstance(arm.get("sizes"), dict)]
     sizes = [(arm.get("name"), size, entry) for arm in arms for size, entry in arm["sizes"].items()]
-    if sizes and all(isinstance(entry, dict) and key in entry for _, _, entry in sizes):
+    # a size with budgets = [] takes the study's
+    if sizes and all(isinstance(entry, dict) and entry.get(key, []) != [] for _, _, entry in sizes):
         arm, size, _ = sizes[0]
         raise InputError(
             f"--set {text}: every size of every arm sets its own {key}, so this would change nothing; "
