@@ -303,6 +303,39 @@ def test_a_ladder_too_small_for_a_law_is_said_before_it_is_trained(read) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "note"),
+    [
+        ({16: [10, 20], 32: [10, 20], 48: [10, 40]}, "no hold-out can test a law of 3 sizes: without the largest, too"),
+        ({16: [100, 200], 32: [102, 205], 48: [104, 208]}, "no law can be fitted to 3 x 2 (sizes x budgets): it takes"),
+        ({16: [10, 40], 32: [20], 48: [10, 20]}, "no law can be fitted to 5 runs: it takes 6"),
+        (
+            {16: [10, 20], 32: [10, 20], 48: [10, 20], 64: [40]},
+            "no hold-out can test a law of 3 budgets: without the largest size, too",
+        ),
+        (
+            {16: [10, 20], 32: [40], 48: [10, 20], 64: [10]},
+            "no hold-out can test a law of 6 runs: without the largest size, too",
+        ),
+        ({64: [10], 16: [10, 20], 32: [10, 40], 48: [10, 20]}, None),
+    ],
+)
+def test_what_is_no_grid_is_counted_as_it_is_fitted(read, sizes: dict[int, list[int]], note: str | None) -> None:
+    """Budgets in steps. Those 5 % apart are one to a law, and what is left without the largest size is looked at."""
+    table = [
+        f"s{w} = {{ width = {w}, budgets = {[256 * steps for steps in budgets]} }}" for w, budgets in sizes.items()
+    ]
+    early = ("s16 = { width = 16 }\ns32 = { width = 32 }", "\n".join(table))
+    notes = [text for text in read(('"none"', '"largest-size"'), early).notes() if "(arm early)" in text]
+    assert [text[: len(note or "")] for text in notes] == ([] if note is None else [note])
+
+
+def test_sizes_of_nearly_one_n_are_one_size(read) -> None:
+    early = ("s32 = { width = 32 }", "s17 = { width = 16, ffn_multiple = 8 }\ns32 = { width = 32 }")
+    (note,) = (text for text in read(early, ("[2560, 5120]", "[2560, 5120, 10240]")).notes() if "early" in text)
+    assert note == "no law can be fitted to 2 x 3 (sizes x budgets): it takes 3 x 3 (arm early)"
+
+
 def test_the_study_of_the_guide_reads_and_can_be_judged(tmp_path: Path) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text()
     path = tmp_path / "mine.toml"

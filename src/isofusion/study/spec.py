@@ -25,6 +25,8 @@ from isofusion.study.checks import apply_override, choice, distinct, known_keys,
 MULTIPLIERS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 WARMUP_SHARE = 0.1  # of the smallest budget (docs/study-file.md)
 FEWEST = 3  # model sizes, and token budgets, that a law takes (laws.fit.fewest)
+FEWEST_RUNS = 6  # one more than its five parameters (laws.fit.check_identified)
+NEEDED = {"sizes": FEWEST, "budgets": FEWEST, "runs": FEWEST_RUNS}
 REMARKS = ("title", "description", "assumed")  # words for people; changing them changes no run
 SIZE_TRAIN_KEYS = ("lr", "warmup_steps", "encoder_lr_scale")
 METRIC = "validation loss per domain after the cool-down, nats per target token"
@@ -221,13 +223,23 @@ class StudySpec(Frozen):
         branches = [run for run in self.runs() if run.kind == "branch" and not run.variant]
         for arm in self.arms:
             fitted = [run for run in branches if run.arm == arm.name and run.name not in self.exclude]
-            sizes, budgets = len({run.size for run in fitted}), len({run.budget_tokens for run in fitted})
-            if sizes < FEWEST or budgets < FEWEST:
-                text = f"no law can be fitted to {sizes} x {budgets} (sizes x budgets): it takes {FEWEST} x {FEWEST}"
-                said.setdefault(text, []).append(arm.name)
-            elif self.holdout == "largest-size" and sizes == FEWEST:
-                text = f"no hold-out can test a law of {sizes} sizes: without the largest, too few are left to fit one"
-                said.setdefault(text, []).append(arm.name)
+            have, rest = _counts(fitted), _counts(_without_largest(fitted))
+            few = next((what for what, fewest in NEEDED.items() if rest[what] < fewest), None)
+            if have["sizes"] < FEWEST or have["budgets"] < FEWEST:
+                text = (
+                    f"no law can be fitted to {have['sizes']} x {have['budgets']} (sizes x budgets): "
+                    f"it takes {FEWEST} x {FEWEST}"
+                )
+            elif have["runs"] < FEWEST_RUNS:
+                text = f"no law can be fitted to {have['runs']} runs: it takes {FEWEST_RUNS}"
+            elif self.holdout == "largest-size" and few is not None:
+                largest = "the largest" if few == "sizes" else "the largest size"
+                text = (
+                    f"no hold-out can test a law of {have[few]} {few}: without {largest}, too few are left to fit one"
+                )
+            else:
+                continue
+            said.setdefault(text, []).append(arm.name)
         return found + [f"{text} (arm {', '.join(arms)})" for text, arms in said.items()]
 
     def arm(self, name: str, where: str = "arm") -> ArmSpec:
@@ -324,6 +336,33 @@ class StudySpec(Frozen):
             )
             for goal, fork, end in points
         ]
+
+
+def _sizes(runs: list[RunConfig]) -> Any:
+    """Index [m] of each run's size as a law tells sizes apart: by N, one within 5 %."""
+    import numpy as np
+
+    from isofusion.laws.table import clusters
+    from isofusion.model.count import count_parameters
+
+    count = [count_parameters(run.model) for run in runs]
+    n = [one.n_active if run.model.n_experts else one.n_total for run, one in zip(runs, count, strict=True)]
+    return clusters(np.array(n, dtype=float))
+
+
+def _without_largest(runs: list[RunConfig]) -> list[RunConfig]:
+    index = _sizes(runs)
+    return [run for run, i in zip(runs, index, strict=True) if i < index.max()]
+
+
+def _counts(runs: list[RunConfig]) -> dict[str, int]:
+    """What a law of these runs (of one arm) is fitted to; token budgets within 5 % are one."""
+    import numpy as np
+
+    from isofusion.laws.table import distinct
+
+    budgets = np.array([run.end_step * run.train.rows_per_step for run in runs], dtype=float)
+    return {"sizes": len(set(_sizes(runs))), "budgets": distinct(budgets), "runs": len(runs)}
 
 
 def _ascending(budgets: tuple[int, ...], where: str) -> None:
