@@ -44,6 +44,15 @@ def test_costs_every_run(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "out").exists()
 
 
+def test_rounding_is_told_for_the_steps_of_every_arm(read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The late arm's longer steps had gone unseen: 21 of 256 slots are 10.5 of 512."""
+    monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))
+    late = ("encoder_lr_scale = 0.5", "encoder_lr_scale = 0.5\nrows_per_step = 4")
+    spec = read(late, ("[2560, 5120]", "[5376, 10240]"))
+    notes = estimate(spec, out=tmp_path / "out", jobs=1, threads=1, probe=False).notes
+    assert "budgets are rounded to whole steps of 512 slots (by 4.8 % at most)" in notes
+
+
 def test_validation_files_that_are_training_files_are_told(toml: Path, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("torch", reason="training needs the [train] extra")
     monkeypatch.setenv("ISOFUSION_CACHE", str(tmp_path / "cache"))

@@ -140,7 +140,6 @@ def estimate(
 
     runs, here = spec.runs(), data_is_here(spec)
     notes = spec.notes()
-    first = spec.arms[0].sizes[0].train
     longest = max(runs, key=lambda run: run.end_step * run.train.rows_per_step)
     if here:
         from isofusion.data import ahead
@@ -156,12 +155,14 @@ def estimate(
             f"the data is not here (no --data): FLOPs at a nominal image share of {NOMINAL_IMAGE_SHARE}, "
             f"rows full, and no epochs"
         )
-    slots = spec.slots_per_step(first)
-    budgets = {budget for arm in spec.arms for size in arm.sizes for budget in spec.budgets_of(size)}
-    off = [(b, got) for b in sorted(budgets) if (got := spec.steps(b, first)[1] * slots) != b]
+    off: dict[int, float] = {}  # worst rounding by slots of a step
+    for run in runs:
+        slots, wanted = spec.slots_per_step(run.train), run.budget_tokens
+        if wanted is not None and run.end_step * slots != wanted:
+            off[slots] = max(off.get(slots, 0.0), abs(run.end_step * slots / wanted - 1))
     if off:
-        worst = max(abs(got / want - 1) for want, got in off)
-        notes.append(f"budgets are rounded to whole steps of {slots:,} slots (by {100 * worst:.2g} % at most)")
+        steps, worst = " or ".join(f"{slots:,}" for slots in sorted(off)), max(off.values())
+        notes.append(f"budgets are rounded to whole steps of {steps} slots (by {100 * worst:.2g} % at most)")
     if spec.assumed:
         notes.append(f"assumed: {spec.assumed}")
 
