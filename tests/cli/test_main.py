@@ -159,5 +159,11 @@ def test_counts_take_units_and_no_option_is_passed_over(capsys: pytest.CaptureFi
 
     assert call("early-275m", "--tokens", "100B", "--json") == call("early-275m", "--tokens", "1e11", "--json")
     assert "'100X' is not a number; write e.g. 1.3e9, 1.3B" in call("early-275m", "--tokens", "100X")[1]
+    for bad in ("nan", "inf", "-inf"):
+        out, error = call("early-275m", "--tokens", bad)
+        assert out == ""
+        assert f"'{bad}' is not a number; write e.g. 1.3e9, 1.3B" in error
+    only = "only a model of your own takes that; give its --width"
+    assert call("--depth", "24", "--routing", "agnostic") == ("", f"error: --depth, --routing: {only}\n")
     out, error = call("--depth", "4", "--experts", "8")
     assert (out, error) == ("", "error: --depth, --experts: only a model of your own takes that; give its --width\n")

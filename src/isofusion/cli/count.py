@@ -12,8 +12,15 @@ from isofusion.cli.plan import quantity
 from isofusion.config import ModelConfig
 from isofusion.errors import InputError
 
+OWN = (
+    *("depth", "head_dim", "vocab", "patch", "ffn_multiple"),
+    *("encoder_width", "encoder_head_dim", "experts", "top_k", "routing"),
+)
+"""Options that only a model of one's own takes, with --width."""
+
 
 def command(
+    ctx: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(help="Models of the paper, e.g. early-275m late-1b.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All models of the paper (the default without a name).")] = False,
     width: Annotated[int | None, typer.Option(help="A model of your own: its width.")] = None,
@@ -53,15 +60,8 @@ def command(
         raise InputError(f"--precision {precision} is unknown; choose fp32 or bf16")
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device} is unknown; choose cpu or cuda")
-    own: dict[str, object] = {
-        "--depth": depth != 24,
-        "--head-dim": head_dim != 64,
-        "--vocab": vocab != 50432,
-        "--patch": patch != 14,
-    }
-    own |= {"--ffn-multiple": ffn_multiple != 256, "--encoder-width": encoder_width, "--top-k": top_k != 1}
-    own |= {"--encoder-head-dim": encoder_head_dim, "--experts": experts, "--routing": routing != "agnostic"}
-    if width is None and (lost := [flag for flag, given in own.items() if given]):
+    lost = [f"--{option.replace('_', '-')}" for option in OWN if _given(ctx, option)]
+    if width is None and lost:
         raise InputError(f"{', '.join(lost)}: only a model of your own takes that; give its --width")
     chosen: dict[str, ModelConfig] = {}
     for name in names or ([] if width else PAPER_MODELS):
@@ -99,6 +99,11 @@ def command(
         typer.echo(json.dumps(rows, indent=1))
     else:
         _table(rows, tokens, image_share)
+
+
+def _given(ctx: typer.Context, option: str) -> bool:
+    source = ctx.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def describe(

@@ -7,6 +7,7 @@ published law comes in a fraction of a second.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -139,8 +140,6 @@ UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 def number(flag: str, text: str | None) -> float:
     """A positive number with an optional unit (1.3B, 100M, 1e22). Raises InputError naming the flag."""
-    import math
-
     from isofusion.errors import InputError
 
     raw = (text or "").strip().replace("_", "")
@@ -161,12 +160,15 @@ def quantity(text: str) -> float:
     from isofusion.errors import InputError
 
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         try:
-            return number("", text)
+            value = number("", text)
         except InputError:
-            raise typer.BadParameter(f"{text!r} is not a number; write e.g. 1.3e9, 1.3B or 1e22") from None
+            value = math.nan
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{text!r} is not a number; write e.g. 1.3e9, 1.3B or 1e22")
+    return value
 
 
 def fitted(
