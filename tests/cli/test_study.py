@@ -258,6 +258,30 @@ def test_an_out_folder_that_cannot_be_written_is_told_before_the_data_is_read(
     )
 
 
+@pytest.mark.parametrize("verb", ["lock", "run"])
+def test_an_out_folder_in_a_closed_folder_or_below_a_file_is_told_clearly(
+    toml: Path, tmp_path: Path, verb: str, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("isofusion.study.run.prepare", lambda *_: pytest.fail("the data was read"))
+    Path("notes").write_text("")
+    assert call("study", verb, toml, "--out", "notes/new/study") == 2
+    below = f"error: --out notes/new/study: {tmp_path / 'notes'} is a file, and a study needs a folder"
+    assert capsys.readouterr().err == f"{below}; choose another --out\n"
+    Path("ours").mkdir()
+    stat, access = os.stat, os.access  # root may look everywhere
+
+    def closed(path, *arguments, **named):
+        if "ours/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, *arguments, **named)
+
+    monkeypatch.setattr("os.stat", closed)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "ours" and access(path, mode))
+    assert call("study", verb, toml, "--out", "ours/new/study") == 2
+    shut = f"error: --out ours/new/study: no right to write in {tmp_path / 'ours'}; choose another --out\n"
+    assert capsys.readouterr().err == shut
+
+
 def test_run_ends_with_the_path_of_the_report(toml: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen = {}
 

@@ -53,9 +53,9 @@ def _read(toml: Path, out: Path | None, data: Path | None, sets: list[str] | Non
     overrides = list(sets or ())
     if out is None:
         out = Path("runs") / StudySpec.from_toml(toml, data=data, overrides=overrides).name
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():  # unlike Path.exists it is False, no error, in a closed folder
         raise InputError(f"--out {out}: this is a file, and a study needs a folder; choose another")
-    lock = read_lock(out) if (out / LOCK).exists() else None
+    lock = read_lock(out) if os.path.exists(out / LOCK) else None
     if lock is not None:
         overrides = overrides or list(lock.get("overrides", ()))
         data = data or given_folder(lock)
@@ -72,7 +72,9 @@ def _read(toml: Path, out: Path | None, data: Path | None, sets: list[str] | Non
 
 def _refuse_unwritable(out: Path) -> None:
     """Before the data is read, which may take hours."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise InputError(f"--out {out}: {there} is a file, and a study needs a folder; choose another --out")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"--out {out}: no right to write in {there}; choose another --out")
 
