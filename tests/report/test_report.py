@@ -282,6 +282,19 @@ def test_validation_that_was_trained_on_is_a_warning(planted: Any, tmp_path: Pat
             "'studies/a b.toml' --data shards --set train.lr=0.01",
         ),
         ({"toml": "/home/ann/x.toml", "data": "/secret/place"}, "x.toml --data FOLDER"),
+        (
+            {
+                "toml": "x.toml",
+                "overrides": [
+                    "data.tokenizer=/home/ann/tok.json",
+                    'data.folder="/secret/my place"',
+                    'data.sources.t.train=["/home/ann/*.tar", "b/*.tar"]',
+                    "data.tokenizer=mine/tok.json",
+                ],
+            },
+            "x.toml --set data.tokenizer=FILE --set 'data.folder=\"FOLDER\"' "
+            '--set \'data.sources.t.train=["FILE", "b/*.tar"]\' --set data.tokenizer=mine/tok.json',
+        ),
     ],
 )
 def test_the_command_is_the_one_that_was_typed(
@@ -289,8 +302,11 @@ def test_the_command_is_the_one_that_was_typed(
 ) -> None:
     out, rows = planted
     (tmp_path / "study.lock").write_text(json.dumps(json.loads((out / "study.lock").read_text()) | lock))
-    found = methods(tmp_path, read_json(tmp_path / "study.lock") or {}, rows, [], [], {"study": STUDY})
+    read = read_json(tmp_path / "study.lock") or {}
+    read["spec"]["data"]["tokenizer"] = "/home/ann/tok.json"
+    found = methods(tmp_path, read, rows, [], [], {"study": STUDY})
     page = tables.methods({"methods": found, "study": STUDY, "tuning": {}})
+    assert "tokenizer tok.json" in page
     assert f"isofusion study run {html.escape(command)} --out runs/planted-again</pre>" in page
     assert "/home" not in page
     assert "/secret" not in page

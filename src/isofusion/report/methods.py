@@ -6,6 +6,8 @@ A file that is missing or damaged leaves its field None; the page then says that
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ def methods(
     changes, changed_why = _later_changes(out)
     train = config.get("train") or {}
     settings = config.get("data") or spec.get("data") or {}
+    tokenizer = str(settings.get("tokenizer") or "")
     best = champions(rows)
     return {
         "locked_at": lock.get("locked_at"),
@@ -64,7 +67,7 @@ def methods(
         "row_len": settings.get("row_len"),
         "image_size": settings.get("image_size"),
         "patch_size": settings.get("patch_size"),
-        "tokenizer": settings.get("tokenizer"),
+        "tokenizer": Path(tokenizer).name if os.path.isabs(tokenizer) else tokenizer or None,
         "val_rows": settings.get("val_rows"),
         "world": settings.get("world") if a["study"]["world"] else None,
         "train": train,
@@ -87,7 +90,14 @@ def _command(lock: dict[str, Any]) -> str | None:
     words = [toml.name if toml.is_absolute() else str(toml)]
     if data:
         words += ["--data", "FOLDER" if Path(data).is_absolute() else str(data)]
-    return shlex.join(words + [word for change in lock.get("overrides") or () for word in ("--set", change)])
+    return shlex.join(words + [word for change in lock.get("overrides") or () for word in ("--set", _unplaced(change))])
+
+
+def _unplaced(change: str) -> str:
+    """KEY=VALUE with FOLDER or FILE for each absolute path of the value, which may be quoted or in a list."""
+    key, sign, value = change.partition("=")
+    name = "FOLDER" if key.strip() == "data.folder" else "FILE"
+    return key + sign + re.sub(r"""(^\s*|["'])[/~][^"']*""", rf"\g<1>{name}", value)
 
 
 def _cost(out: Path, rows: list[dict[str, Any]]) -> tuple[float | None, float | None, float | None]:
