@@ -460,6 +460,9 @@ def test_words() -> None:
     assert words.fixed(-0.0123) == "−0.012"
     assert words.percent(0.0001) == "< 0.1 %"
     assert words.listed(["a", "b", "c"]) == "a, b and c"
+    assert words.pretty("2.5e05 and -2.5e+05 of 3.2e+18, (1e9)") == "250K and −250K of 3.2·10¹⁸, (1.00B)"
+    for name in ("next-n2.5e05-s0", "early_2.5e05", "v1.2.5e05", "a-2.5e05-s0", "n25e05"):
+        assert words.pretty(f"run {name}: 1e9") == f"run {name}: 1.00B"
 
 
 def test_log_ticks_and_colours() -> None:

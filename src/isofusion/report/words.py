@@ -75,13 +75,14 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def pretty(text: str) -> str:
-    """3.2e+18 as 3.2·10¹⁸, sizes of up to a trillion as 2.29B, k C^c as k·Cᶜ."""
+    """3.2e+18 as 3.2·10¹⁸, sizes of up to a trillion as 2.29B, k C^c as k·Cᶜ; what is part of a name stays."""
 
     def shown(found: re.Match[str]) -> str:
         value = float(found[0])
         return si(value) if 1e3 <= value < 1e15 else power(value, len(found[1] or ".") - 1)
 
-    return re.sub(r"(?<![\w.^])-(?=\d)", "−", re.sub(r"\d+(\.\d+)?e[+-]?\d+", shown, text.replace("k C^c", "k·Cᶜ")))
+    number = r"(?<![\w.])(?<![\w.]-)\d+(\.\d+)?e[+-]?\d+"
+    return re.sub(r"(?<![\w.^])-(?=\d)", "−", re.sub(number, shown, text.replace("k C^c", "k·Cᶜ")))
 
 
 def listed(items: Sequence[str]) -> str:
