@@ -397,6 +397,18 @@ def test_without_any_law_the_page_says_so_and_stands(planted: Any, tmp_path: Pat
     assert "Not drawn, because" in page
 
 
+def test_an_arm_without_losses_is_named_once(planted: Any, tmp_path: Path) -> None:
+    out, rows = planted
+    shutil.copytree(out, tmp_path / "s")
+    lossless = {f"loss_{domain}": None for domain in ("caption", "interleaved", "text", "mean")}
+    few = [r | lossless for r in rows if r["arm"] == "early"]
+    few += [r for r in rows if r["arm"] == "late" and r["size"] == "s16"]
+    told = text.headline(analyse(tmp_path / "s", few))[0]
+    assert "(early / caption: no domain has usable losses: run " in told
+    assert told.count("early / ") == 1
+    assert "arm early" not in told
+
+
 def test_real_data_without_entropy_or_documents(planted: Any, tmp_path: Path) -> None:
     out, rows = planted
     shutil.copytree(out, tmp_path / "s")

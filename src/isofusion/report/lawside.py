@@ -62,13 +62,16 @@ def fit_arm(rows: list[dict[str, Any]], arm: str, domains: list[str], compute: s
             fits.pop(domain, None)
             failures[domain] = _why(error, arm, domain)
     if not runs:
-        raise InputError(f"arm {arm}: no domain has usable losses: {'; '.join(failures.values())}")
+        raise InputError(f"no domain has usable losses: {'; '.join(failures.values())}")
     return ArmLaws(arm, runs, smooth_cost(next(iter(runs.values()))), fits, intervals, failures)
 
 
 def _why(error: Exception, arm: str, domain: str) -> str:
     """What an error says, without the name of the arm and domain that it is kept under."""
-    return str(error).replace(f"{arm} / {domain}: ", "") or type(error).__name__
+    text = str(error)
+    for known in (f"{arm} / {domain}: ", f"results, arm {arm}, domain {domain}: "):
+        text = text.replace(known, "")
+    return text or type(error).__name__
 
 
 def smooth_cost(runs: Runs) -> Cost:
