@@ -37,6 +37,8 @@ from isofusion.report.words import si
 
 Analysis = dict[str, Any]
 DOMAIN_ORDER = ("caption", "interleaved", "text")
+OF_ARMS = ("fits", "frontier", "isoflop", "fit_curves", "holdout")
+"""Fields that are kept by arm and come from `_arm_laws`."""
 SAME_SIZE = 1.10
 """Arms' sizes within this factor are one size tier (they are matched within 5 %)."""
 
@@ -196,7 +198,6 @@ def _arm(arm: str, rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> 
         "routing": mine[0].get("routing"),
         "runs": len(mine),
         "sizes": sizes,
-        "budgets": len({p["steps"] for p in pts}),
         "range": spans,
         "n_word": "active parameters" if mine[0]["n_experts"] else "parameters",
     }
@@ -231,15 +232,7 @@ def _laws(
     """Fill fits, frontier, fit_curves, differences, holdout and predicted; every second arm is fitted in the pool."""
     c_ref = a["study"]["c_ref"]
     grid = np.concatenate([np.geomspace(a["study"]["c_min"], c_ref, 25), np.geomspace(c_ref, 10 * c_ref, 10)[1:]])
-    a |= {
-        "fits": {},
-        "frontier": {},
-        "isoflop": {},
-        "fit_curves": {},
-        "holdout": {},
-        "predicted": [],
-        "differences": [],
-    }
+    a |= {key: {} for key in OF_ARMS} | {"predicted": [], "differences": []}
     budgets = isoflop.common_budgets(a["points"], arms)
     started = {}
     for i, arm in enumerate(arms):
@@ -250,7 +243,7 @@ def _laws(
     laws = {arm: started[arm]() for arm in [*arms[::2], *arms[1::2]]}  # those of the pool are computed meanwhile
     for arm in arms:
         found = laws[arm]
-        for key in ("fits", "frontier", "isoflop", "fit_curves", "holdout"):
+        for key in OF_ARMS:
             a[key][arm] = found[key]
         a["predicted"] += found["predicted"]
     for first, second, label in _pairs(a):
@@ -269,14 +262,7 @@ def _arm_laws(
     budgets: list[float],
 ) -> dict[str, Any]:
     """One arm's fits, frontier, fit_curves and holdout by domain, its isoFLOPs, and its part of predicted."""
-    out: dict[str, Any] = {
-        "fits": {},
-        "frontier": {},
-        "isoflop": [],
-        "fit_curves": {},
-        "holdout": {},
-        "predicted": [],
-    }
+    out: dict[str, Any] = {key: {} for key in OF_ARMS} | {"isoflop": [], "predicted": []}
     fits, fronts = out["fits"], out["frontier"]
     try:
         laws = lawside.fit_arm(rows, arm, domains, compute)
