@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,13 @@ class GPT(nn.Module):
         ASKED.append(device_type)
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
 """
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A benchmark silences the loggers of its whole process, which here runs other tests too."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

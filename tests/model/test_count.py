@@ -148,19 +148,24 @@ def test_the_command_prints_numbers_without_torch_and_refuses_nonsense() -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"names": ["early-9b"]}, 'no model "early-9b"'),
-        ({"width": 50, "head_dim": 32}, "width 50 is not a multiple"),
-        ({"tokens": -1.0}, "must be positive"),
-        ({"image_share": 2.0}, "between 0 and 1"),
-        ({"device": "tpu"}, "choose cpu or cuda"),
+        (["early-9b"], 'no model "early-9b"'),
+        (["--width", "50", "--head-dim", "32"], "width 50 is not a multiple"),
+        (["--tokens", "-1"], "must be positive"),
+        (["--image-share", "2"], "between 0 and 1"),
+        (["--device", "tpu"], "choose cpu or cuda"),
     ],
 )
-def test_bad_arguments_get_one_clear_message(arguments: dict, message: str) -> None:
-    from isofusion.cli.count import command
-    from isofusion.errors import InputError
+def test_bad_arguments_get_one_clear_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from isofusion.cli.main import main
 
-    with pytest.raises(InputError, match=message):
-        command(**arguments)
+    with pytest.raises(SystemExit) as ended:
+        main(["count", *arguments])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
 
 
 def test_meta_modules_need_no_memory() -> None:
