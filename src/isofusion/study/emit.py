@@ -27,9 +27,8 @@ Points = Sequence[tuple[float, float]]
 
 
 def parameters(model: ModelConfig) -> int:
-    """N as the laws count it: active parameters for experts, else all."""
-    count = count_parameters(model)
-    return count.n_active if model.n_experts else count.n_total
+    """N as the laws count it: active parameters, of a dense model all."""
+    return count_parameters(model).n_active
 
 
 def fit_size(arm: ArmSpec, n: float) -> tuple[dict[str, Any], int]:

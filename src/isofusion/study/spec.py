@@ -345,9 +345,7 @@ def _sizes(runs: list[RunConfig]) -> Any:
     from isofusion.laws.table import clusters
     from isofusion.model.count import count_parameters
 
-    count = [count_parameters(run.model) for run in runs]
-    n = [one.n_active if run.model.n_experts else one.n_total for run, one in zip(runs, count, strict=True)]
-    return clusters(np.array(n, dtype=float))
+    return clusters(np.array([count_parameters(run.model).n_active for run in runs], dtype=float))
 
 
 def _without_largest(runs: list[RunConfig]) -> list[RunConfig]:
